@@ -1,0 +1,462 @@
+"""From a method's mathematics to an optax transform.
+
+`from_weighting` and `from_aggregator` hold everything methods have in common: the
+checks, absent tasks, the scale convention, the state's layout. A method adds two
+functions.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from mtl_optax._tree import (
+    check_task_axis,
+    gramian,
+    lazy_losses,
+    materialize,
+    norm,
+    state_dtype,
+    weighted_sum,
+)
+from mtl_optax._types import (
+    Aggregator,
+    Gramian,
+    Losses,
+    Params,
+    State,
+    TaskGradients,
+    TaskMask,
+    Updates,
+    Weighting,
+    Weights,
+)
+
+Scale: TypeAlias = Literal["paper", "mean", "sum", "norm"]
+
+
+class Combiner(optax.GradientTransformationExtraArgs):
+    """An optax transform that combines task gradients, and knows how it does so.
+
+    Attributes:
+      init, update: as of any `optax.GradientTransformationExtraArgs`; `update` takes
+        the keyword arguments ``losses``, ``task_mask`` and ``key`` and swallows others.
+      num_tasks: the number of tasks.
+      weighting: the weighting inside, or None; wrappers take it to pieces.
+      scale: the scale convention.
+      axis_name: mesh axes over which Gramians are summed, or None.
+    """
+
+    num_tasks: int | None
+    weighting: Weighting | None
+    scale: Scale
+    axis_name: Any
+
+    def __new__(
+        cls,
+        init: Callable[..., Any],
+        update: Callable[..., Any],
+        num_tasks: int | None = None,
+        weighting: Weighting | None = None,
+        scale: Scale = "paper",
+        axis_name: Any = None,
+    ) -> "Combiner":
+        self = super().__new__(cls, init, update)
+        self.num_tasks = num_tasks
+        self.weighting = weighting
+        self.scale = scale
+        self.axis_name = axis_name
+        return self
+
+
+class LossInfo(NamedTuple):
+    """What to look at after a step of a method that never sees the Gramian."""
+
+    task_weights: Float[Array, " tasks"]
+
+
+class GramianInfo(NamedTuple):
+    """What to look at after a step of a method that sees the Gramian.
+
+    Attributes:
+      task_weights: the weights of the combination; zero for absent tasks.
+      task_conflict: share of pairs of present tasks whose gradients have a negative
+        inner product.
+    """
+
+    task_weights: Float[Array, " tasks"]
+    task_conflict: Float[Array, ""]
+
+
+class CombinerState(NamedTuple):
+    """State of a transform made by `from_weighting`.
+
+    Attributes:
+      weighting: what the method needs at its next step.
+      info: what a person looks at.
+    """
+
+    weighting: State
+    info: LossInfo | GramianInfo
+
+
+class AggregatorState(NamedTuple):
+    """State of a transform made by `from_aggregator`."""
+
+    aggregator: State
+
+
+def from_weighting(
+    weighting: Weighting,
+    num_tasks: int,
+    *,
+    scale: Scale = "paper",
+    axis_name: Any = None,
+) -> Combiner:
+    r"""Makes an optax transform from two functions on a ``[T, T]`` matrix.
+
+    .. math:: u = \sum_t w_t g_t, \qquad w = \mathrm{weighting}(J J^\top, L, history)
+
+    Every method of this package that needs only the Gramian or the losses is built so;
+    use it to add your own. For methods that look at whole rows, see `from_aggregator`.
+
+    Args:
+      weighting: the method; see `mtl_optax.Weighting`.
+      num_tasks: T, static and always given: it is never guessed from shapes.
+      scale: length of the update. ``"paper"``: the authors' own; ``"mean"``: weights
+        sum to 1; ``"sum"``: weights sum to the number of present tasks; ``"norm"``:
+        the update is as long as the plain mean gradient (one more combination), so
+        that methods can be compared at one learning rate. A weight sum that is not
+        positive is left as it is.
+      axis_name: inside `jax.shard_map` with sharded parameters, the mesh axes over
+        which local Gramians are summed.
+
+    Returns:
+      a `Combiner`. Its ``update(task_grads, state, params=None, *, losses=None,
+      task_mask=None, **extra)`` takes stacked or lazy task gradients, ``losses`` as
+      ``[T]`` or in the form `loss_fn` returned them (a lazy tree knows its own), and
+      ``task_mask [T]``: an absent task (False) counts as not existing, NaN included.
+
+    Raises:
+      ValueError, TypeError: at trace time, for a wrong number of tasks, gradients that
+        are already reduced, a missing task axis or missing losses.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> def by_norm(num_tasks):
+      ...     def update(gramian, state, *, losses, task_mask, **extra):
+      ...         return 1 / jnp.sqrt(jnp.diag(gramian)), state
+      ...     needs = frozenset({"gramian"})
+      ...     method = mtl.Weighting(lambda t, dtype: (), update, needs)
+      ...     return mtl.from_weighting(method, num_tasks)
+      >>> tx = by_norm(2)
+      >>> g = {"w": jnp.array([[3.0, 4.0], [0.0, 2.0]])}
+      >>> updates, state = tx.update(g, tx.init({"w": jnp.zeros(2)}))
+      >>> updates["w"]
+      Array([0.6, 1.8], dtype=float32)
+    """
+    check_num_tasks(num_tasks)
+    check_choice("scale", scale, get_args(Scale))
+    sees_gramian = bool(weighting.needs & {"gramian", "gramian_in_basis"})
+
+    def init(params: Params) -> CombinerState:
+        dtype = state_dtype(params)
+        weights = jnp.zeros((num_tasks,), dtype)
+        info = (
+            GramianInfo(weights, jnp.zeros((), dtype))
+            if sees_gramian
+            else LossInfo(weights)
+        )
+        return CombinerState(weighting.init(num_tasks, dtype), info)
+
+    def update(
+        task_grads: TaskGradients,
+        state: CombinerState,
+        params: Params | None = None,
+        *,
+        losses: Any = None,
+        task_mask: Any = None,
+        **extra: Any,
+    ) -> tuple[Updates, CombinerState]:
+        check_task_axis(task_grads, num_tasks, params)
+        dtype = state.info.task_weights.dtype
+        given_mask = read_task_mask(task_mask, num_tasks)
+        mask = jnp.ones((num_tasks,), bool) if given_mask is None else given_mask
+        known = read_losses(losses, task_grads, num_tasks)
+        if known is None and "losses" in weighting.needs:
+            raise TypeError(
+                "this combiner needs the task losses: call tx.update(task_grads, "
+                "state, params, losses=losses) with losses of shape "
+                f"({num_tasks},), or pass the lazy tree of task_jacobian, which "
+                "knows them."
+            )
+        if known is not None:
+            known = jnp.where(mask, known.astype(dtype), jnp.ones((), dtype))
+
+        def gramian_in_basis(basis: Array | None) -> Array:
+            return gramian(
+                task_grads, basis=basis, task_mask=given_mask, axis_name=axis_name
+            ).astype(dtype)
+
+        gram = None
+        if sees_gramian:
+            gram = gramian_in_basis(None)
+        if "gramian_in_basis" in weighting.needs:
+            extra["gramian_in_basis"] = gramian_in_basis
+        weights, inner = weighting.update(
+            gram,
+            state.weighting,
+            losses=known if "losses" in weighting.needs else None,
+            task_mask=mask,
+            **extra,
+        )
+        weights = jnp.where(mask, weights.astype(dtype), jnp.zeros((), dtype))
+        if scale in ("mean", "sum"):
+            weights = weights * _to_sum(weights, mask, scale)
+        updates = weighted_sum(weights, task_grads, task_mask=given_mask)
+        if scale == "norm":
+            factor, updates = _to_mean_length(updates, task_grads, mask, given_mask)
+            weights = weights * factor.astype(dtype)
+        info = (
+            LossInfo(weights)
+            if gram is None
+            else GramianInfo(weights, _conflict(gram, mask))
+        )
+        return updates, CombinerState(inner, info)
+
+    return Combiner(init, update, num_tasks, weighting, scale, axis_name)
+
+
+def from_aggregator(
+    aggregator: Aggregator, num_tasks: int, *, scale: Scale = "paper"
+) -> Combiner:
+    r"""Makes an optax transform from a method that looks at whole task gradients.
+
+    .. math:: u = A(J), \qquad J \in R^{T \times P}
+
+    A lazy tree is materialised: such a method costs T backward passes and T copies of
+    the gradients. Use `from_weighting` wherever the Gramian is enough.
+
+    Args:
+      aggregator: the method; see `mtl_optax.Aggregator`. It must honour ``task_mask``
+        itself; rows of absent tasks reach it as zeros.
+      num_tasks: T, static.
+      scale: ``"paper"`` or ``"norm"`` (as long as the plain mean gradient); there are
+        no weights for the other two.
+
+    Returns:
+      a `Combiner`, used as that of `from_weighting`.
+
+    Raises:
+      ValueError: for ``scale="mean"`` or ``"sum"``, and for wrong shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> def median(num_tasks):
+      ...     def update(task_grads, state, params, *, losses, task_mask, **extra):
+      ...         return jax.tree.map(lambda g: jnp.median(g, 0), task_grads), state
+      ...     method = mtl.Aggregator(lambda params, num_tasks: (), update)
+      ...     return mtl.from_aggregator(method, num_tasks)
+      >>> tx = median(3)
+      >>> g = {"w": jnp.array([[1.0], [2.0], [9.0]])}
+      >>> tx.update(g, tx.init({"w": jnp.zeros(1)}))[0]
+      {'w': Array([2.], dtype=float32)}
+    """
+    check_num_tasks(num_tasks)
+    if scale not in ("paper", "norm"):
+        raise ValueError(
+            "a method on whole rows has no weights to rescale: scale must be 'paper' "
+            f"or 'norm', got {scale!r}."
+        )
+
+    def init(params: Params) -> AggregatorState:
+        return AggregatorState(aggregator.init(params, num_tasks))
+
+    def update(
+        task_grads: TaskGradients,
+        state: AggregatorState,
+        params: Params | None = None,
+        *,
+        losses: Any = None,
+        task_mask: Any = None,
+        **extra: Any,
+    ) -> tuple[Updates, AggregatorState]:
+        check_task_axis(task_grads, num_tasks, params)
+        given_mask = read_task_mask(task_mask, num_tasks)
+        mask = jnp.ones((num_tasks,), bool) if given_mask is None else given_mask
+        known = read_losses(losses, task_grads, num_tasks)
+        if known is not None:
+            known = jnp.where(mask, known, jnp.ones((), known.dtype))
+        rows = materialize(task_grads)
+        if given_mask is not None:
+            rows = jax.tree.map(
+                lambda g: jnp.where(
+                    mask.reshape((-1,) + (1,) * (g.ndim - 1)), g, jnp.zeros((), g.dtype)
+                ),
+                rows,
+            )
+        updates, inner = aggregator.update(
+            rows, state.aggregator, params, losses=known, task_mask=mask, **extra
+        )
+        if scale == "norm":
+            _, updates = _to_mean_length(updates, rows, mask, given_mask)
+        return updates, AggregatorState(inner)
+
+    return Combiner(init, update, num_tasks, None, scale, None)
+
+
+def sum_tasks() -> Combiner:
+    r"""The plain sum of task gradients, for heads and as the baseline to beat.
+
+    .. math:: u = \sum_t g_t
+
+    It is what training on the sum of the losses does. Use it for the leaves that a
+    combiner should not touch: ``optax.partition({"shared": tx, "heads":
+    mtl.sum_tasks()}, labels)``; `shared_only` does so for you. It carries no state.
+
+    Returns:
+      a `Combiner`; ``task_mask`` leaves absent tasks out.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> tx = mtl.sum_tasks()
+      >>> tx.update({"w": jnp.array([[1.0], [2.0]])}, tx.init({"w": jnp.zeros(1)}))[0]
+      {'w': Array([3.], dtype=float32)}
+    """
+
+    def init(params: Params) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update(
+        task_grads: TaskGradients,
+        state: optax.EmptyState,
+        params: Params | None = None,
+        *,
+        task_mask: Any = None,
+        **extra: Any,
+    ) -> tuple[Updates, optax.EmptyState]:
+        del extra
+        leaves = jax.tree.leaves(task_grads)
+        num_tasks = leaves[0].shape[0] if leaves and jnp.shape(leaves[0]) else 0
+        check_task_axis(task_grads, num_tasks, params)
+        mask = read_task_mask(task_mask, num_tasks)
+        ones = jnp.ones((num_tasks,), jnp.float32)
+        return weighted_sum(ones, task_grads, task_mask=mask), state
+
+    return Combiner(init, update)
+
+
+def read_task_mask(task_mask: Any, num_tasks: int) -> TaskMask | None:
+    """The task mask as ``[T]`` bools, or None when none was given."""
+    if task_mask is None:
+        return None
+    mask = jnp.asarray(task_mask)
+    if mask.shape != (num_tasks,) or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"task_mask: expected bools of shape ({num_tasks},), True where the task "
+            f"is present, got {mask.dtype} of shape {mask.shape}."
+        )
+    return mask
+
+
+def read_losses(
+    losses: Any, task_grads: TaskGradients, num_tasks: int
+) -> Losses | None:
+    """The losses as ``[T]``, from the argument or else from a lazy tree."""
+    if losses is None:
+        losses = lazy_losses(task_grads)
+        if losses is None:
+            return None
+    if not hasattr(losses, "ndim"):
+        scalars = [jnp.asarray(x) for x in jax.tree.leaves(losses)]
+        if not scalars or any(x.ndim for x in scalars):
+            shapes = jax.tree.map(jnp.shape, losses)
+            raise ValueError(
+                f"losses: expected {num_tasks} scalars or an array of shape "
+                f"({num_tasks},), got {shapes}."
+            )
+        losses = jnp.stack(scalars)
+    losses = jnp.asarray(losses)
+    if losses.shape != (num_tasks,):
+        raise ValueError(
+            f"losses: expected shape ({num_tasks},), one loss a task, got "
+            f"{losses.shape}."
+        )
+    return losses
+
+
+def check_num_tasks(num_tasks: Any) -> None:
+    """Raises unless `num_tasks` is a positive Python int."""
+    check_count("num_tasks", num_tasks)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless `value` is a positive Python int."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name} must be a Python int, got an array: it sets shapes. With "
+            f"optax.inject_hyperparams pass static_args=({name!r}, ...)."
+        )
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raises if `value` is concrete and negative or NaN; a traced value passes."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")
+    if not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}.")
+
+
+def _to_sum(weights: Weights, mask: TaskMask, scale: Scale) -> Array:
+    total = jnp.sum(weights)
+    target = jnp.sum(mask.astype(weights.dtype)) if scale == "sum" else 1.0
+    safe = jnp.where(total > 0, total, jnp.ones((), weights.dtype))
+    return jnp.where(total > 0, target / safe, jnp.ones((), weights.dtype))
+
+
+def _to_mean_length(
+    updates: Updates,
+    task_grads: TaskGradients,
+    mask: TaskMask,
+    given_mask: TaskMask | None,
+) -> tuple[Array, Updates]:
+    """Rescales `updates` to the length of the mean gradient of present tasks."""
+    present = mask.astype(jnp.float32)
+    mean = weighted_sum(
+        present / jnp.maximum(jnp.sum(present), 1.0), task_grads, task_mask=given_mask
+    )
+    length, target = norm(updates), norm(mean)
+    one = jnp.ones((), length.dtype)
+    factor = jnp.where(length > 0, target / jnp.where(length > 0, length, one), one)
+    scaled = jax.tree.map(
+        lambda u: (factor * u.astype(jnp.result_type(factor, u))).astype(u.dtype),
+        updates,
+    )
+    return factor, scaled
+
+
+def _conflict(gram: Gramian, mask: TaskMask) -> Array:
+    """Share of pairs of present tasks with a negative inner product."""
+    pairs = mask[:, None] & mask[None, :] & ~jnp.eye(mask.shape[0], dtype=bool)
+    count = jnp.sum(pairs.astype(gram.dtype))
+    conflicts = jnp.sum((pairs & (gram < 0)).astype(gram.dtype))
+    return conflicts / jnp.maximum(count, jnp.ones((), gram.dtype))

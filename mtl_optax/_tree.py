@@ -1,0 +1,618 @@
+"""The only file that touches leaves of task gradients.
+
+A tree of task gradients is shaped like the parameters. Its leaves are either stacked
+arrays ``[T, *param.shape]`` or lazy leaves, which only know the operator (the Jacobian)
+they belong to. Everything here takes both.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, PyTree
+
+from mtl_optax._types import (
+    Basis,
+    DType,
+    TaskGradients,
+    TaskJacobian,
+    TaskMask,
+    Updates,
+    Weights,
+)
+
+HIGHEST = lax.Precision.HIGHEST
+
+# XLA's CPU back end is 7-10x slower on one dot over a long axis than on a loop over
+# blocks of about this many columns.
+_BLOCK = 4096
+
+
+class LazyTaskGradient:
+    """One leaf of a lazy tree of task gradients: a place in a Jacobian not yet formed.
+
+    Opaque on purpose: it passes through anything that only moves leaves around
+    (`optax.partition`, `optax.masked`, `nnx.Optimizer`), and raises in words at
+    anything that would compute with it before a combiner has seen it.
+
+    Attributes:
+      operator: the Jacobian the leaf belongs to.
+      index: the leaf's number among the leaves of the parameters.
+      shape: ``(T, *param.shape)``, what `materialize` would give.
+      dtype: the parameter's dtype.
+      path: where the leaf stands in the parameters, for messages.
+    """
+
+    __slots__ = ("dtype", "index", "operator", "path", "shape")
+
+    def __init__(
+        self,
+        operator: TaskJacobian,
+        index: int,
+        shape: tuple[int, ...],
+        dtype: DType,
+        path: str,
+    ) -> None:
+        self.operator = operator
+        self.index = index
+        self.shape = shape
+        self.dtype = dtype
+        self.path = path
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+    def __repr__(self) -> str:
+        return (
+            f"LazyTaskGradient({self.path or 'params'}, shape={self.shape}, "
+            f"dtype={jnp.dtype(self.dtype).name})"
+        )
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TypeError(
+            f"{self!r} is a lazy task gradient: it lives inside one trace and only a "
+            "combiner of mtl_optax can use it. Put the combiner before anything that "
+            "computes with gradients (clip, scale, adam, ...), call `tx.update` in the "
+            "same jit-compiled function as `task_jacobian`, and return `updates`, not "
+            "the task gradients; `mtl_optax.materialize(task_grads)` turns the tree "
+            "into arrays of shape [T, *param.shape] that may cross a `jit` boundary."
+        )
+
+    # JAX looks this attribute up before it refuses an object of unknown type, so a
+    # leaf that is returned from `jit`, or given to `jnp`, is refused in our words.
+    __jax_array__ = property(_refuse)
+
+
+def _refuse_arithmetic(self: LazyTaskGradient, *_: Any) -> NoReturn:
+    self._refuse()
+
+
+for _name in (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv"),
+    *("matmul", "rmatmul", "pow", "rpow", "neg", "abs", "getitem", "array", "float"),
+    *("lt", "le", "gt", "ge", "bool", "len", "iter"),
+):
+    setattr(LazyTaskGradient, f"__{_name}__", _refuse_arithmetic)
+
+
+def is_lazy(task_grads: TaskGradients) -> bool:
+    """Whether any leaf of the tree is lazy."""
+    return any(isinstance(g, LazyTaskGradient) for g in jax.tree.leaves(task_grads))
+
+
+def flatten(tree: PyTree[Any]) -> tuple[list[Any], Any]:
+    """`jax.tree.flatten`; typed, since JAX does not export the type of a structure."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return leaves, treedef
+
+
+def same_structure(a: Any, b: Any) -> bool:
+    """Whether two tree structures (not trees) are equal."""
+    return bool(a == b)
+
+
+def lazy_tree(operator: TaskJacobian, params: PyTree[Any]) -> TaskGradients:
+    """The lazy tree of `operator`, shaped like `params`."""
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    lazy = [
+        LazyTaskGradient(
+            operator,
+            index,
+            (operator.num_tasks, *jnp.shape(leaf)),
+            jnp.result_type(leaf),
+            jax.tree_util.keystr(path),
+        )
+        for index, (path, leaf) in enumerate(paths_and_leaves)
+    ]
+    return jax.tree.unflatten(treedef, lazy)
+
+
+def lazy_losses(task_grads: TaskGradients) -> Array | None:
+    """The losses that a lazy tree knows, else None."""
+    for leaf in jax.tree.leaves(task_grads):
+        if isinstance(leaf, LazyTaskGradient):
+            return leaf.operator.losses
+    return None
+
+
+def state_dtype(params: PyTree[Any]) -> DType:
+    """Dtype of a combiner's state: the parameters' own, float32 at least.
+
+    Leaves without a dtype (the placeholders of `optax.tree_utils.tree_map_params`)
+    are passed over.
+    """
+    dtypes = [
+        leaf.dtype
+        for leaf in jax.tree.leaves(params)
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    return jnp.result_type(jnp.float32, *dtypes)
+
+
+def check_task_axis(
+    task_grads: TaskGradients, num_tasks: int, params: PyTree[Any] | None
+) -> None:
+    """Raises unless every leaf has the shape ``(num_tasks, *param.shape)``."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(task_grads)
+    if not found:
+        raise ValueError(
+            "the combiner was given a tree without leaves: no task gradients reached "
+            "it. Check the mask or the labels that stand before it."
+        )
+    if params is None:
+        expected: list[Any] = [None] * len(found)
+    else:
+        expected, expected_treedef = flatten(params)
+        if not same_structure(treedef, expected_treedef):
+            raise ValueError(
+                "task gradients must have the structure of the parameters; expected "
+                f"{expected_treedef}, got {treedef}."
+            )
+    for (path, leaf), param in zip(found, expected, strict=True):
+        where = f"leaf {jax.tree_util.keystr(path) or '(the whole tree)'}"
+        shape = tuple(jnp.shape(leaf)) if not hasattr(leaf, "shape") else leaf.shape
+        if param is None:
+            good = len(shape) > 0 and shape[0] == num_tasks
+            wanted = f"({num_tasks}, *param.shape)"
+        else:
+            wanted_shape = (num_tasks, *jnp.shape(param))
+            good = tuple(shape) == wanted_shape
+            wanted = str(wanted_shape)
+        if good:
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(
+                    f"{where} has dtype {leaf.dtype}; task gradients are real "
+                    "floating-point numbers."
+                )
+            continue
+        if param is not None and tuple(shape) == tuple(jnp.shape(param)):
+            hint = (
+                "It has the shape of the parameter itself, so the gradients are "
+                "already reduced over tasks (the gradient of a summed loss?). "
+            )
+        elif param is not None and tuple(shape[1:]) == tuple(jnp.shape(param)):
+            hint = f"It holds {shape[0]} tasks. "
+        else:
+            hint = ""
+        raise ValueError(
+            f"{where}: expected shape {wanted}, one gradient a task with the task "
+            f"first, got {tuple(shape)}. {hint}`mtl_optax.task_jacobian(loss_fn)` and "
+            "`mtl_optax.stack_tasks` give task gradients in this form."
+        )
+
+
+def _accumulator(*arrays: Array) -> DType:
+    return jnp.result_type(jnp.float32, *arrays)
+
+
+def _explicit_mesh(x: Array) -> Any | None:
+    mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty or not mesh.are_all_axes_explicit else mesh
+
+
+def _present_rows(x: Array, task_mask: TaskMask | None) -> Array:
+    """Rows of absent tasks become zeros, whatever stood in them."""
+    if task_mask is None:
+        return x
+    mask = task_mask.reshape((-1,) + (1,) * (x.ndim - 1))
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def _leaf_gramian(x: Array, basis: Basis | None) -> Array:
+    """Gramian of one stacked leaf in one product; safe for any sharding."""
+    dtype = _accumulator(x)
+    if basis is not None:
+        x = jnp.tensordot(basis.astype(dtype), x.astype(dtype), 1, precision=HIGHEST)
+    mesh = _explicit_mesh(x)
+    axes = tuple(range(1, x.ndim))
+    return lax.dot_general(
+        x,
+        x,
+        ((axes, axes), ((), ())),
+        precision=HIGHEST,
+        preferred_element_type=dtype,
+        out_sharding=None
+        if mesh is None
+        else NamedSharding(mesh, PartitionSpec(None, None)),
+    )
+
+
+def _leaf_gramian_blocked(x: Array, basis: Basis | None) -> Array:
+    """Gramian of one unsharded stacked leaf, summed over blocks of its columns."""
+    rows = x.reshape(x.shape[0], -1)
+    whole = rows.shape[1] // _BLOCK
+    if whole < 2:
+        return _leaf_gramian(rows, basis)
+    head = whole * _BLOCK
+
+    def add_block(i: Array, total: Array) -> Array:
+        start = (jnp.zeros((), i.dtype), i * _BLOCK)
+        block = lax.dynamic_slice(rows, start, (rows.shape[0], _BLOCK))
+        return total + _leaf_gramian(block, basis)
+
+    tail = _leaf_gramian(rows[:, head:], basis)
+    return lax.fori_loop(0, whole, add_block, tail)
+
+
+def _stacked_gramian(
+    leaves: Sequence[Array], basis: Basis | None, task_mask: TaskMask | None
+) -> Array:
+    # Blocks reshape a leaf, which would gather a sharded one; in a process with one
+    # device nothing is sharded, and only XLA's CPU back end needs them.
+    blocked = jax.default_backend() == "cpu" and jax.device_count() == 1
+    one = _leaf_gramian_blocked if blocked else _leaf_gramian
+    dtype = _accumulator(*leaves)
+    grams = [one(_present_rows(x, task_mask), basis).astype(dtype) for x in leaves]
+    total = grams[0]
+    for gram in grams[1:]:
+        total = total + gram
+    return total
+
+
+def _by_operator(
+    leaves: Sequence[Any],
+) -> tuple[list[tuple[TaskJacobian, list[int]]], list[int]]:
+    """Groups positions of lazy leaves by their operator; the rest is stacked."""
+    groups: dict[int, tuple[TaskJacobian, list[int]]] = {}
+    stacked: list[int] = []
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, LazyTaskGradient):
+            operator = leaf.operator
+            groups.setdefault(id(operator), (operator, []))[1].append(position)
+        else:
+            stacked.append(position)
+    return list(groups.values()), stacked
+
+
+def _restricted(operator: TaskJacobian, leaves: Sequence[Any]) -> TaskJacobian:
+    return operator.restrict([leaf.index for leaf in leaves])
+
+
+def gramian(
+    task_grads: TaskGradients,
+    *,
+    basis: Basis | None = None,
+    labels: PyTree[Hashable] | None = None,
+    task_mask: TaskMask | None = None,
+    axis_name: Any | None = None,
+) -> Any:
+    r"""Inner products of the task gradients over all leaves.
+
+    .. math:: G_{st} = \langle g_s, g_t \rangle, \qquad G = J J^\top \in R^{T \times T}
+
+    Use it to look at conflicts, or to build a method of your own. The products are
+    taken at full precision (`jax.lax.Precision.HIGHEST`, float32 at least), leaf by
+    leaf, without flattening the tree, so sharded leaves stay where they are.
+
+    Args:
+      task_grads: stacked arrays ``[T, *param.shape]``, or the lazy tree of
+        `task_jacobian`; the lazy one never stores the Jacobian.
+      basis: ``[K, T]``; the Gramian of ``basis @ J``. The combinations are formed
+        *before* the inner products, so that a difference of nearly equal gradients
+        is not lost to cancellation.
+      labels: a tree like the parameters with one hashable label a leaf: one Gramian
+        a label, each over its own leaves.
+      task_mask: ``[T]`` of bools; an absent task counts as zeros, whatever (NaN
+        included) stands in its row.
+      axis_name: inside `jax.shard_map` with sharded parameters, the mesh axes over
+        which the local Gramians are summed.
+
+    Returns:
+      ``[T, T]`` (``[K, K]`` with a basis), float32 or float64, or a dict of these by
+      label. In float32, norms must lie between about 1e-19 and 1e19.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> g = {"w": jnp.array([[3.0, 4.0], [0.0, 1.0]])}
+      >>> mtl.gramian(g)
+      Array([[25.,  4.],
+             [ 4.,  1.]], dtype=float32)
+      >>> mtl.gramian(g, basis=jnp.array([[1.0, -1.0]]))
+      Array([[18.]], dtype=float32)
+    """
+    if labels is not None:
+        return {
+            label: gramian(
+                chosen, basis=basis, task_mask=task_mask, axis_name=axis_name
+            )
+            for label, chosen in _by_label(task_grads, labels).items()
+        }
+    leaves = jax.tree.leaves(task_grads)
+    if not leaves:
+        raise ValueError("gramian: the tree of task gradients has no leaves.")
+    groups, stacked = _by_operator(leaves)
+    grams = [
+        _restricted(op, [leaves[i] for i in at]).gramian(basis, task_mask)
+        for op, at in groups
+    ]
+    if stacked:
+        arrays = [jnp.asarray(leaves[i]) for i in stacked]
+        grams.append(_stacked_gramian(arrays, basis, task_mask))
+    total = grams[0]
+    for gram in grams[1:]:
+        total = total + gram
+    return total if axis_name is None else lax.psum(total, axis_name)
+
+
+def _by_label(
+    task_grads: TaskGradients, labels: PyTree[Hashable]
+) -> dict[Hashable, list[Any]]:
+    leaves, treedef = flatten(task_grads)
+    label_leaves, label_treedef = flatten(labels)
+    if not same_structure(treedef, label_treedef):
+        raise ValueError(
+            "gramian: labels must have the structure of the task gradients; expected "
+            f"{treedef}, got {label_treedef}."
+        )
+    groups: dict[Hashable, list[Any]] = {}
+    for leaf, label in zip(leaves, label_leaves, strict=True):
+        groups.setdefault(label, []).append(leaf)
+    return groups
+
+
+def _leaf_weighted_sum(weights: Weights, x: Array) -> Array:
+    dtype = _accumulator(x)
+    mesh = _explicit_mesh(x)
+    out = lax.dot_general(
+        weights.astype(dtype),
+        x,
+        (((0,), (0,)), ((), ())),
+        precision=HIGHEST,
+        preferred_element_type=dtype,
+        out_sharding=None
+        if mesh is None
+        else NamedSharding(mesh, PartitionSpec(*jax.typeof(x).sharding.spec[1:])),
+    )
+    return out.astype(x.dtype)
+
+
+def weighted_sum(
+    weights: Weights,
+    task_grads: TaskGradients,
+    *,
+    task_mask: TaskMask | None = None,
+) -> Updates:
+    r"""Combines task gradients with given weights into one tree like the parameters.
+
+    .. math:: u = \sum_t w_t g_t = J^\top w
+
+    Args:
+      weights: ``[T]``.
+      task_grads: stacked or lazy; a lazy tree costs one backward pass.
+      task_mask: ``[T]`` of bools; absent tasks are left out, NaN rows included.
+
+    Returns:
+      a tree like the parameters, each leaf in its own dtype (accumulated in float32
+      at least).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> g = {"w": jnp.array([[3.0, 4.0], [0.0, 1.0]])}
+      >>> mtl.weighted_sum(jnp.array([0.5, 2.0]), g)
+      {'w': Array([1.5, 4. ], dtype=float32)}
+    """
+    weights = jnp.asarray(weights)
+    if task_mask is not None:
+        weights = jnp.where(task_mask, weights, jnp.zeros((), weights.dtype))
+    leaves, treedef = flatten(task_grads)
+    groups, stacked = _by_operator(leaves)
+    out: list[Any] = [None] * len(leaves)
+    for operator, at in groups:
+        combined = _restricted(operator, [leaves[i] for i in at]).combine(weights)
+        for position, array in zip(at, combined, strict=True):
+            out[position] = array
+    for position in stacked:
+        rows = _present_rows(jnp.asarray(leaves[position]), task_mask)
+        out[position] = _leaf_weighted_sum(weights, rows)
+    return jax.tree.unflatten(treedef, out)
+
+
+def materialize(task_grads: TaskGradients, *, isolated: bool = False) -> TaskGradients:
+    """Turns a lazy tree into stacked arrays ``[T, *param.shape]``.
+
+    For methods that look at every entry, and for taking task gradients out of a
+    `jit`-compiled function. It costs one backward pass a task and stores the whole
+    Jacobian; stacked leaves are returned as they are.
+
+    Args:
+      task_grads: lazy or stacked.
+      isolated: take every task's gradient from its own loss alone, so that a NaN in
+        one task cannot reach the rows of the others (`skip_nonfinite_tasks` uses
+        it). Needs a ``loss_fn`` that returns a tuple, list or dict of scalars.
+
+    Returns:
+      a tree of arrays ``[T, *param.shape]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> losses_fn = lambda w: (w @ w, w.sum())
+      >>> _, task_grads = mtl.task_jacobian(losses_fn)(jnp.array([1.0, 2.0]))
+      >>> mtl.materialize(task_grads)
+      Array([[2., 4.],
+             [1., 1.]], dtype=float32)
+    """
+    leaves, treedef = flatten(task_grads)
+    groups, _ = _by_operator(leaves)
+    out = list(leaves)
+    for operator, at in groups:
+        rows = _restricted(operator, [leaves[i] for i in at]).stack(isolated=isolated)
+        for position, array in zip(at, rows, strict=True):
+            out[position] = array
+    return jax.tree.unflatten(treedef, out)
+
+
+def all_finite(tree: PyTree[Any]) -> Array:
+    """Scalar bool: every entry of every floating-point leaf is finite."""
+    flags = [
+        jnp.all(jnp.isfinite(leaf))
+        for leaf in jax.tree.leaves(tree)
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.ones((), bool)
+
+
+def finite_rows(task_grads: TaskGradients) -> TaskMask:
+    """``[T]`` of bools: the stacked rows in which every entry is finite."""
+    flags = [
+        jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)))
+        for g in jax.tree.leaves(task_grads)
+    ]
+    return jnp.all(jnp.stack(flags), axis=0)
+
+
+def norm(tree: PyTree[Any]) -> Float[Array, ""]:
+    """Euclidean length of a tree, safe for entries whose squares leave float32."""
+    leaves = jax.tree.leaves(tree)
+    dtype = _accumulator(*leaves)
+    largest = jnp.max(
+        jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in leaves])
+    )
+    unit = jnp.where(largest > 0, largest, jnp.ones((), dtype))
+    total = jnp.sum(
+        jnp.stack([jnp.sum(jnp.square(x.astype(dtype) / unit)) for x in leaves])
+    )
+    return unit * jnp.sqrt(total)
+
+
+def select(pred: Array, on_true: PyTree[Any], on_false: PyTree[Any]) -> PyTree[Any]:
+    """Leafwise ``where`` with one scalar predicate."""
+    return jax.tree.map(lambda a, b: jnp.where(pred, a, b), on_true, on_false)
+
+
+def one_level(tree: PyTree[Any]) -> tuple[list[str], list[Any], Callable[..., Any]]:
+    """Names, children and rebuilding function of a container's first level."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: node is not tree
+    )
+    names = [jax.tree_util.keystr(path, simple=True) for path, _ in paths]
+
+    def rebuild(children: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(treedef, children)
+
+    return names, [child for _, child in paths], rebuild
+
+
+def stack_tasks(grads: Mapping[str, PyTree[Any]] | Sequence[PyTree[Any]]) -> Updates:
+    """Stacks one gradient tree a task into one tree with a leading task axis.
+
+    For code that already holds its gradients by task, as ``{"ics": g, "residual": g}``
+    in physics-informed training.
+
+    Args:
+      grads: a dict, list or tuple of gradient trees of one structure. The task order
+        is pytree order: the **sorted** keys of a dict, whatever order it was written
+        in (so ``"t10"`` comes before ``"t2"``); an `OrderedDict` keeps its own.
+
+    Returns:
+      a tree with leaves ``[T, *param.shape]``.
+
+    Raises:
+      ValueError: without tasks, or when two trees differ in structure or shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> grads = {"residual": {"w": jnp.zeros(3)}, "ics": {"w": jnp.ones(3)}}
+      >>> mtl.stack_tasks(grads)["w"]
+      Array([[1., 1., 1.],
+             [0., 0., 0.]], dtype=float32)
+    """
+    names, trees, _ = one_level(grads)
+    if not trees or (len(trees) == 1 and trees[0] is grads):
+        raise ValueError(
+            "stack_tasks: expected a dict, list or tuple with one gradient tree a "
+            f"task, got {type(grads).__name__} without tasks."
+        )
+    first, treedef = jax.tree_util.tree_flatten_with_path(trees[0])
+    for name, tree in zip(names[1:], trees[1:], strict=True):
+        leaves, other = flatten(tree)
+        if not same_structure(other, treedef):
+            raise ValueError(
+                f"stack_tasks: the gradients of task {name!r} have the structure "
+                f"{other}, those of task {names[0]!r} {treedef}."
+            )
+        for (path, expected), leaf in zip(first, leaves, strict=True):
+            if jnp.shape(leaf) != jnp.shape(expected):
+                raise ValueError(
+                    f"stack_tasks: leaf {jax.tree_util.keystr(path)} of task {name!r} "
+                    f"has shape {jnp.shape(leaf)}, that of task {names[0]!r} "
+                    f"{jnp.shape(expected)}."
+                )
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *trees)
+
+
+def unstack_tasks(
+    task_grads: TaskGradients, like: Mapping[str, Any] | Sequence[Any] | None = None
+) -> Any:
+    """The inverse of `stack_tasks`: one gradient tree a task.
+
+    Args:
+      task_grads: stacked or lazy (a lazy tree is materialised).
+      like: a dict, list or tuple with one entry a task, whose form the result takes,
+        e.g. the dict of losses. A list of strings names the tasks in pytree order
+        (sorted). Default: a list.
+
+    Returns:
+      a dict or list of trees like the parameters.
+
+    Raises:
+      ValueError: when `like` does not hold one entry a task.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> rows = {"w": jnp.array([[1.0], [0.0]])}
+      >>> mtl.unstack_tasks(rows, like={"residual": 0, "ics": 0})["ics"]
+      {'w': Array([1.], dtype=float32)}
+    """
+    stacked = materialize(task_grads)
+    leaves = jax.tree.leaves(stacked)
+    if not leaves:
+        raise ValueError("unstack_tasks: the tree of task gradients has no leaves.")
+    num_tasks = leaves[0].shape[0]
+    trees = [jax.tree.map(lambda g, t=t: g[t], stacked) for t in range(num_tasks)]
+    if like is None:
+        return trees
+    if not isinstance(like, Mapping) and all(isinstance(n, str) for n in like):
+        like = dict.fromkeys(like)
+    names, _, rebuild = one_level(like)
+    if len(names) != num_tasks:
+        raise ValueError(
+            f"unstack_tasks: the gradients hold {num_tasks} tasks, `like` names "
+            f"{len(names)}: {names}."
+        )
+    return rebuild(trees)

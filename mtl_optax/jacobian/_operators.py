@@ -1,0 +1,216 @@
+"""The Jacobian of the task losses as a linear operator that is never stored.
+
+Two operators share one protocol (`mtl_optax._types.TaskJacobian`): several losses of
+one batch, and one batch a task.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from mtl_optax._tree import HIGHEST, gramian
+from mtl_optax._types import Basis, Losses, TaskMask, Weights
+from mtl_optax.jacobian._trace import Traits
+
+Mode: TypeAlias = Literal["vmap", "unroll", "map"]
+
+# Up to this many tasks a Python loop compiles fast and runs fastest on CPU.
+_UNROLL = 4
+
+
+def map_rows(fn: Callable[[Any], Any], rows: PyTree[Array], mode: Mode) -> Any:
+    """Applies `fn` to every row of `rows`, in one of the three ways."""
+    if mode == "vmap":
+        return jax.vmap(fn)(rows)
+    if mode == "map":
+        return lax.map(fn, rows)
+    length = jax.tree.leaves(rows)[0].shape[0]
+    outs = [fn(jax.tree.map(lambda r, i=i: r[i], rows)) for i in range(length)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+
+def scale_back(unit: Array, grads: Sequence[Array]) -> list[Array]:
+    """``unit * grads``, in the wider dtype, each leaf returned in its own."""
+    return [(unit * g.astype(jnp.result_type(unit, g))).astype(g.dtype) for g in grads]
+
+
+def split_unit(weights: Weights, dtype: Any) -> tuple[Array, Array]:
+    """Largest magnitude of the weights, and the weights relative to it.
+
+    A float16 cotangent far from 1 would overflow or vanish on its way back, so what
+    goes through the network is at most 1 and the rest is applied afterwards.
+    """
+    largest = jnp.max(jnp.abs(weights))
+    unit = jnp.where(largest > 0, largest, jnp.ones((), weights.dtype))
+    return unit, (weights / unit).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class JointJacobian:
+    """Several losses of one batch: ``function(params) -> [T]``.
+
+    Attributes:
+      function: the losses as a function of the parameters alone.
+      single: ``(params, t) -> scalar``, the loss of task ``t`` with no other loss in
+        its graph; None where the losses came as one array.
+      params: where the Jacobian is taken.
+      pullback: ``cotangent [T] -> gradient``, sharing the forward pass of `losses`.
+      leaves: the leaves it is restricted to.
+    """
+
+    function: Callable[[PyTree[Array]], Array]
+    single: Callable[[PyTree[Array], int], Array] | None
+    params: PyTree[Array]
+    losses: Losses
+    pullback: Callable[[Array], PyTree[Array]]
+    task_names: tuple[str, ...]
+    traits: Traits
+    mode: Mode | None
+    leaves: tuple[int, ...]
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.task_names)
+
+    @property
+    def isolates(self) -> bool:
+        return self.single is not None
+
+    def restrict(self, leaves: Sequence[int]) -> "JointJacobian":
+        return dataclasses.replace(self, leaves=tuple(leaves))
+
+    def combine(self, weights: Weights) -> list[Array]:
+        unit, cotangent = split_unit(weights, self.losses.dtype)
+        return scale_back(unit, self._pick(self.pullback(cotangent)))
+
+    def stack(self, *, isolated: bool = False) -> list[Array]:
+        if isolated and self.single is not None:
+            single = self.single
+            rows = [
+                self._pick(jax.grad(lambda p, t=t: single(p, t))(self.params))
+                for t in range(self.num_tasks)
+            ]
+            return [jnp.stack(leaf) for leaf in zip(*rows, strict=True)]
+        basis = jnp.eye(self.num_tasks, dtype=self.losses.dtype)
+        mode = self._mode("vmap")
+        return map_rows(lambda e: self._pick(self.pullback(e)), basis, mode)
+
+    def gramian(
+        self, basis: Basis | None = None, task_mask: TaskMask | None = None
+    ) -> Array:
+        columns = None if self.traits.low_precision else self._columns(basis, task_mask)
+        if columns is None:
+            return gramian(self.stack(), basis=basis, task_mask=task_mask)
+        return columns
+
+    def _columns(self, basis: Basis | None, task_mask: TaskMask | None) -> Array | None:
+        """``C J (C J)^T``, a column ``J (J^T c)`` at a time: one row in memory.
+
+        None where the losses have no forward mode (a `custom_vjp` inside).
+        """
+        flat, treedef = jax.tree.flatten(self.params)
+
+        def function(chosen: list[Array]) -> Array:
+            merged = list(flat)
+            for index, leaf in zip(self.leaves, chosen, strict=True):
+                merged[index] = leaf
+            return self.function(jax.tree.unflatten(treedef, merged))
+
+        chosen = [flat[index] for index in self.leaves]
+        # Traced anew at full precision: on accelerators the losses' own products may
+        # run in TF32 or bfloat16, which a Gramian of near-parallel rows can't bear.
+        with jax.default_matmul_precision("highest"):
+            try:
+                _, pushforward = jax.linearize(function, chosen)
+            except TypeError:
+                return None
+            _, pullback = jax.vjp(function, chosen)
+
+        dtype = self.losses.dtype
+        combine = jnp.eye(self.num_tasks, dtype=dtype)
+        if basis is not None:
+            combine = basis.astype(dtype)
+        if task_mask is not None:
+            combine = jnp.where(task_mask, combine, jnp.zeros((), dtype))
+
+        def column(coefficients: Array) -> Array:
+            (row,) = pullback(coefficients)
+            return pushforward(row)
+
+        columns = map_rows(column, combine, self._mode("map"))
+        if task_mask is not None:
+            columns = jnp.where(task_mask, columns, jnp.zeros((), dtype))
+        gram = jnp.matmul(columns, combine.T, precision=HIGHEST)
+        return (gram + gram.T) / 2
+
+    def _pick(self, grads: PyTree[Array]) -> list[Array]:
+        leaves = jax.tree.leaves(grads)
+        return [leaves[index] for index in self.leaves]
+
+    def _mode(self, many: Mode) -> Mode:
+        if self.mode is not None:
+            return self.mode
+        if self.num_tasks <= _UNROLL:
+            return "unroll"
+        loops_badly = self.traits.convolves and jax.default_backend() == "cpu"
+        return "vmap" if loops_badly else many
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SeparateJacobian:
+    """One batch a task: ``function(params, batch[t]) -> scalar``.
+
+    Every row runs forward and backward on its own batch only, so the Gramian is taken
+    from the rows: a column ``J (J^T c)`` would run every batch for every task.
+
+    Attributes:
+      function: the loss of one task as a function of the parameters and its batch.
+      batches: the mapped arguments, task axis first.
+      pullback: of all the losses together; the combination costs what plain training
+        on all batches costs.
+    """
+
+    function: Callable[[PyTree[Array], Any], Array]
+    params: PyTree[Array]
+    batches: Any
+    losses: Losses
+    pullback: Callable[[Array], PyTree[Array]]
+    task_names: tuple[str, ...]
+    mode: Mode | None
+    leaves: tuple[int, ...]
+
+    isolates = True
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.task_names)
+
+    def restrict(self, leaves: Sequence[int]) -> "SeparateJacobian":
+        return dataclasses.replace(self, leaves=tuple(leaves))
+
+    def combine(self, weights: Weights) -> list[Array]:
+        unit, cotangent = split_unit(weights, self.losses.dtype)
+        return scale_back(unit, self._pick(self.pullback(cotangent)))
+
+    def stack(self, *, isolated: bool = False) -> list[Array]:
+        del isolated  # rows never share a graph here
+        row = jax.grad(self.function)
+        return map_rows(
+            lambda batch: self._pick(row(self.params, batch)),
+            self.batches,
+            self.mode or "vmap",
+        )
+
+    def gramian(
+        self, basis: Basis | None = None, task_mask: TaskMask | None = None
+    ) -> Array:
+        return gramian(self.stack(), basis=basis, task_mask=task_mask)
+
+    def _pick(self, grads: PyTree[Array]) -> list[Array]:
+        leaves = jax.tree.leaves(grads)
+        return [leaves[index] for index in self.leaves]

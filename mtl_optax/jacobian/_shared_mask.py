@@ -1,0 +1,101 @@
+"""`shared_mask`: which parameters do the tasks share?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from mtl_optax._tree import materialize
+from mtl_optax.jacobian._task_jacobian import task_jacobian
+
+
+def shared_mask(
+    loss_fn: Callable[..., Any],
+    params: PyTree[Array],
+    *args: Any,
+    has_aux: bool = False,
+    in_axes: Any = None,
+    key: Array | None = None,
+    **kwargs: Any,
+) -> PyTree[bool]:
+    r"""Finds the leaves that more than one task's loss depends on.
+
+    .. math:: shared(leaf) = \#\{t : \partial L_t / \partial leaf \ne 0\} > 1
+
+    The Jacobian is taken twice, at random parameters (parameters as initialised are
+    often zero somewhere, and hide a dependence). Call it once, before training, with
+    real arguments and outside `jit`; give the result to `shared_only` or use it as
+    labels of `optax.partition`. Weight decay inside every task's loss makes everything
+    shared: decay with optax instead.
+
+    Args:
+      loss_fn: as for `task_jacobian`; the first argument holds the parameters.
+      params: parameters of the right shapes; their values only set the scale.
+      *args: the further arguments of `loss_fn`, e.g. one batch.
+      has_aux: as for `task_jacobian`.
+      in_axes: as for `task_jacobian`.
+      key: random key of the two draws. Default: ``jax.random.key(0)``.
+      **kwargs: keyword arguments of `loss_fn`.
+
+    Returns:
+      a tree of Python bools like `params`.
+
+    Raises:
+      TypeError: under `jit`: the result must be known before tracing.
+      ValueError: when no leaf at all has a gradient, or as `task_jacobian` does.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> params = {"trunk": jnp.ones(2), "a": jnp.ones(1), "b": jnp.ones(1)}
+      >>> def loss_fn(p, x):
+      ...     h = jnp.tanh(x @ p["trunk"])
+      ...     return {"a": jnp.sum((p["a"] * h) ** 2), "b": jnp.sum((p["b"] - h) ** 2)}
+      >>> mtl.shared_mask(loss_fn, params, jnp.eye(2))
+      {'a': False, 'b': False, 'trunk': True}
+    """
+    if any(
+        isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, args, kwargs))
+    ):
+        raise TypeError(
+            "shared_mask needs concrete arrays: call it once before training, outside "
+            "jax.jit, and close over the mask."
+        )
+    key = jax.random.key(0) if key is None else key
+    leaves, treedef = jax.tree.flatten(params)
+
+    @jax.jit
+    def touched(params: PyTree[Array], args: Any, kwargs: Any) -> list[Array]:
+        jacobian = task_jacobian(loss_fn, has_aux=has_aux, in_axes=in_axes)
+        _, task_grads = jacobian(params, *args, **kwargs)
+        # Each task from its own loss where possible: a NaN at random parameters would
+        # else reach every row. NaN != 0 counts as touched.
+        rows = jax.tree.leaves(materialize(task_grads, isolated=True))
+        return [jnp.any(g.reshape(g.shape[0], -1) != 0, axis=1) for g in rows]
+
+    found = [False] * len(leaves)
+    any_gradient = False
+    for draw in jax.random.split(key, 2):
+        keys = jax.random.split(draw, len(leaves))
+        random = [_random_like(k, x) for k, x in zip(keys, leaves, strict=True)]
+        for i, tasks in enumerate(
+            touched(jax.tree.unflatten(treedef, random), args, kwargs)
+        ):
+            found[i] = found[i] or int(tasks.sum()) > 1
+            any_gradient = any_gradient or bool(tasks.any())
+    if not any_gradient:
+        raise ValueError(
+            "shared_mask: the Jacobian is zero everywhere. Does loss_fn stop the "
+            "gradient, or use other parameters than its first argument?"
+        )
+    return jax.tree.unflatten(treedef, found)
+
+
+def _random_like(key: Array, leaf: Array) -> Array:
+    """Gaussian, scaled as an initialiser would, around the parameter itself."""
+    leaf = jnp.asarray(leaf)
+    fan_in = max(1, leaf.size // leaf.shape[-1]) if leaf.ndim > 1 and leaf.size else 1
+    noise = jax.random.normal(key, leaf.shape, leaf.dtype)
+    return leaf + noise / jnp.sqrt(jnp.asarray(fan_in, leaf.dtype))

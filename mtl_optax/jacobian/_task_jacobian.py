@@ -1,0 +1,332 @@
+"""`task_jacobian`: from a function of several losses to lazy task gradients."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from mtl_optax._tree import lazy_tree, materialize, one_level
+from mtl_optax.jacobian._operators import JointJacobian, Mode, SeparateJacobian
+from mtl_optax.jacobian._trace import read_traits
+
+
+def task_jacobian(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Sequence[Any] | None = None,
+    mode: Mode | None = None,
+) -> Callable[..., Any]:
+    r"""Task losses and their Jacobian, as `jax.value_and_grad` gives value and grad.
+
+    .. math:: J_{t} = \nabla_\theta L_t(\theta), \qquad J \in R^{T \times P}
+
+    The Jacobian is not formed. What comes back is a tree shaped like the parameters
+    whose leaves are lazy: a combiner that needs the Gramian or one combination takes
+    just that. The tree lives inside one trace, so call ``tx.update`` in the same
+    `jit`-compiled function (closing over it in `lax.cond` or `lax.scan` is fine). Use
+    `value_and_task_grads` where you want arrays.
+
+    Args:
+      loss_fn: returns all losses, as an array ``[T]`` or a tuple, list or dict of
+        scalars (the task order is pytree order: a dict's **sorted** keys). With
+        `in_axes`, it returns one scalar.
+      has_aux: `loss_fn` returns ``(losses, aux)``.
+      argnums: which positional argument(s) to differentiate.
+      in_axes: for *one batch a task*: as in `jax.vmap`, which axis of each positional
+        argument runs over tasks, e.g. ``(None, 0)``; the differentiated argument is
+        shared (None), keyword arguments are too. `loss_fn` then sees one task, and
+        each task runs forward and backward on its own batch only; aux is stacked.
+      mode: how rows are swept: ``"vmap"`` (one batched pass, most memory),
+        ``"unroll"`` (a Python loop: best for convolutions on CPU, compiles longer),
+        ``"map"`` (`lax.map`: least memory). The default unrolls up to 4 tasks; beyond,
+        it maps for Gramians and vmaps for rows.
+
+    Returns:
+      a function of `loss_fn`'s arguments that gives ``(losses [T], task_grads)``, with
+      aux ``((losses, aux), task_grads)``.
+
+    Raises:
+      ValueError: when called, if a loss is not a scalar, if there is one scalar only
+        (gradients of a summed loss cannot be balanced), or if no loss depends on the
+        argument.
+      TypeError: if losses or parameters are not real floating-point numbers.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import mtl_optax as mtl
+      >>> def loss_fn(params, x):
+      ...     y = x @ params["w"]
+      ...     return {"a": jnp.mean((y - 1) ** 2), "b": jnp.mean((y + 1) ** 2)}
+      >>> params, x = {"w": jnp.array([1.0, 0.0])}, jnp.eye(2)
+      >>> losses, task_grads = mtl.task_jacobian(loss_fn)(params, x)
+      >>> losses
+      Array([0.5, 2.5], dtype=float32)
+      >>> task_grads["w"]
+      LazyTaskGradient(['w'], shape=(2, 2), dtype=float32)
+      >>> tx = mtl.mgda(num_tasks=2)
+      >>> updates, state = tx.update(task_grads, tx.init(params), params)
+    """
+    if mode is not None and mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {get_args(Mode)} or None, got {mode!r}.")
+    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def losses_and_task_grads(*args: Any, **kwargs: Any) -> Any:
+        for position in chosen:
+            if not -len(args) <= position < len(args):
+                raise ValueError(
+                    f"argnums={argnums} names positional argument {position}, but the "
+                    f"function was called with {len(args)} positional arguments."
+                )
+        at = [position % len(args) for position in chosen]
+        params = args[at[0]] if isinstance(argnums, int) else tuple(args[i] for i in at)
+        _check_params(params)
+
+        def call(params: PyTree[Array], args: Sequence[Any]) -> Any:
+            merged = list(args)
+            new = (params,) if isinstance(argnums, int) else params
+            for position, value in zip(at, new, strict=True):
+                merged[position] = value
+            return loss_fn(*merged, **kwargs)
+
+        operator: JointJacobian | SeparateJacobian
+        if in_axes is None:
+            losses, aux, operator = _joint(call, args, params, has_aux, mode)
+        else:
+            losses, aux, operator = _separate(
+                call, args, params, has_aux, mode, tuple(in_axes), at
+            )
+        task_grads = lazy_tree(operator, params)
+        return ((losses, aux) if has_aux else losses), task_grads
+
+    return losses_and_task_grads
+
+
+def value_and_task_grads(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Sequence[Any] | None = None,
+    mode: Mode | None = None,
+) -> Callable[..., Any]:
+    """As `task_jacobian`, but with task gradients as arrays ``[T, *param.shape]``.
+
+    Use it to look at task gradients, to take them out of a `jit`-compiled function, or
+    where the Jacobian is small; it stores T copies of the parameters. Arguments,
+    returns and errors are those of `task_jacobian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> loss_fn = lambda w: jnp.stack([w @ w, w.sum()])
+      >>> losses, task_grads = mtl.value_and_task_grads(loss_fn)(jnp.array([1.0, 2.0]))
+      >>> task_grads
+      Array([[2., 4.],
+             [1., 1.]], dtype=float32)
+    """
+    lazy = task_jacobian(
+        loss_fn, has_aux=has_aux, argnums=argnums, in_axes=in_axes, mode=mode
+    )
+
+    def losses_and_stacked_grads(*args: Any, **kwargs: Any) -> Any:
+        value, task_grads = lazy(*args, **kwargs)
+        return value, materialize(task_grads)
+
+    return losses_and_stacked_grads
+
+
+def _joint(
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    params: PyTree[Array],
+    has_aux: bool,
+    mode: Mode | None,
+) -> tuple[Array, Any, JointJacobian]:
+    found: dict[str, Any] = {}
+
+    def vector_and_aux(params: PyTree[Array]) -> tuple[Array, Any]:
+        out = call(params, args)
+        losses, aux = _split_aux(out, has_aux)
+        vector, names, separable = _loss_vector(losses)
+        found["names"], found["separable"] = names, separable
+        return vector, aux
+
+    def function(params: PyTree[Array]) -> Array:
+        return vector_and_aux(params)[0]
+
+    def single(params: PyTree[Array], task: int) -> Array:
+        losses, _ = _split_aux(call(params, args), has_aux)
+        return jax.tree.leaves(losses)[task]
+
+    traits = read_traits(jax.make_jaxpr(function)(params))
+    _check_dependence(traits.depends)
+    losses, vjp, aux = jax.vjp(vector_and_aux, params, has_aux=True)
+    operator = JointJacobian(
+        function=function,
+        single=single if found["separable"] else None,
+        params=params,
+        losses=losses,
+        pullback=lambda cotangent: vjp(cotangent)[0],
+        task_names=found["names"],
+        traits=traits,
+        mode=mode,
+        leaves=tuple(range(len(jax.tree.leaves(params)))),
+    )
+    return losses, aux, operator
+
+
+def _separate(
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    params: PyTree[Array],
+    has_aux: bool,
+    mode: Mode | None,
+    in_axes: tuple[Any, ...],
+    at: Sequence[int],
+) -> tuple[Array, Any, SeparateJacobian]:
+    if len(in_axes) != len(args):
+        raise ValueError(
+            f"in_axes has {len(in_axes)} entries for {len(args)} positional arguments."
+        )
+    for position in at:
+        if in_axes[position] is not None:
+            raise ValueError(
+                f"in_axes[{position}] must be None: argument {position} holds the "
+                f"parameters, which all tasks share; got {in_axes[position]!r}."
+            )
+    mapped = [i for i, axis in enumerate(in_axes) if axis is not None]
+    if not mapped:
+        raise ValueError(
+            "in_axes maps no argument over tasks; expected e.g. (None, 0), got "
+            f"{in_axes}."
+        )
+    # Moves every mapped axis to the front once, so that all modes index alike.
+    batches = [
+        jax.vmap(lambda x: x, in_axes=(in_axes[i],))(jax.tree.map(jnp.asarray, args[i]))
+        for i in mapped
+    ]
+
+    def loss_and_aux(params: PyTree[Array], batch: Any) -> tuple[Array, Any]:
+        merged = list(args)
+        for position, value in zip(mapped, batch, strict=True):
+            merged[position] = value
+        loss, aux = _split_aux(call(params, merged), has_aux)
+        return _scalar_loss(loss), aux
+
+    def all_losses(params: PyTree[Array]) -> tuple[Array, Any]:
+        return jax.vmap(loss_and_aux, in_axes=(None, 0))(params, batches)
+
+    traits = read_traits(jax.make_jaxpr(lambda p: all_losses(p)[0])(params))
+    _check_dependence(traits.depends)
+    losses, vjp, aux = jax.vjp(all_losses, params, has_aux=True)
+    operator = SeparateJacobian(
+        function=lambda params, batch: loss_and_aux(params, batch)[0],
+        params=params,
+        batches=batches,
+        losses=losses,
+        pullback=lambda cotangent: vjp(cotangent)[0],
+        task_names=tuple(str(t) for t in range(losses.shape[0])),
+        mode=mode,
+        leaves=tuple(range(len(jax.tree.leaves(params)))),
+    )
+    return losses, aux, operator
+
+
+def _split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    if not has_aux:
+        return out, None
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(
+            "with has_aux=True loss_fn must return a tuple (losses, aux), got "
+            f"{type(out).__name__}."
+        )
+    return out
+
+
+def _loss_vector(losses: Any) -> tuple[Array, tuple[str, ...], bool]:
+    """The losses as ``[T]``, the tasks' names, and whether they came separately."""
+    if hasattr(losses, "ndim") and hasattr(losses, "dtype"):
+        if losses.ndim == 0:
+            raise ValueError(
+                "loss_fn returned one scalar, so there is nothing to balance: the "
+                "losses seem to be summed already. Return one loss a task, as an "
+                "array [T] or a tuple, list or dict of scalars; for one batch a task "
+                "use in_axes=(None, 0)."
+            )
+        if losses.ndim != 1 or losses.shape[0] == 0:
+            raise ValueError(
+                "loss_fn must return one scalar a task: an array of shape [T] or a "
+                "tuple, list or dict of scalars; got an array of shape "
+                f"{losses.shape}. Reduce each task's loss to a scalar first."
+            )
+        names = tuple(str(t) for t in range(losses.shape[0]))
+        return _at_least_float32(losses, "the losses"), names, False
+    names_list, scalars, _ = one_level(losses)
+    if not scalars or (len(scalars) == 1 and scalars[0] is losses):
+        raise ValueError(
+            "loss_fn must return an array [T] or a tuple, list or dict of scalars, "
+            f"got {type(losses).__name__}."
+        )
+    checked = []
+    for name, loss in zip(names_list, scalars, strict=True):
+        if not _is_scalar(loss):
+            shape = jax.tree.map(jnp.shape, loss)
+            raise ValueError(
+                f"the loss of task {name!r} must be a scalar, got shape {shape}. "
+                "Reduce it first, e.g. with jnp.mean."
+            )
+        checked.append(_at_least_float32(jnp.asarray(loss), f"the loss {name!r}"))
+    return jnp.stack(checked), tuple(names_list), True
+
+
+def _scalar_loss(loss: Any) -> Array:
+    if not _is_scalar(loss):
+        raise ValueError(
+            "with in_axes, loss_fn sees one task and must return one scalar, got "
+            f"shape {jax.tree.map(jnp.shape, loss)}."
+        )
+    return _at_least_float32(jnp.asarray(loss), "the loss")
+
+
+def _is_scalar(loss: Any) -> bool:
+    return jax.tree_util.all_leaves([loss]) and jnp.ndim(loss) == 0
+
+
+def _at_least_float32(losses: Array, what: str) -> Array:
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise TypeError(
+            f"{what} must be real floating-point numbers, got dtype {losses.dtype}."
+        )
+    return losses.astype(jnp.result_type(jnp.float32, losses.dtype))
+
+
+def _check_params(params: PyTree[Any]) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("task_jacobian: the differentiated argument has no leaves.")
+    for path, leaf in leaves:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, float):
+            raise TypeError(
+                f"parameter leaf {jax.tree_util.keystr(path)} is a "
+                f"{type(leaf).__name__}, expected an array."
+            )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"parameter leaf {jax.tree_util.keystr(path)} has dtype "
+                f"{jnp.result_type(leaf)}; only real floating-point parameters can be "
+                "differentiated. Pass the others (step counts, random keys, batch "
+                "statistics) as another argument."
+            )
+
+
+def _check_dependence(depends: bool) -> None:
+    if not depends:
+        raise ValueError(
+            "the Jacobian is zero everywhere: no loss depends on the differentiated "
+            "argument. Does loss_fn use a model or parameters from outside instead of "
+            "its argument, or does argnums name the wrong one?"
+        )

@@ -75,7 +75,7 @@ def check_chain(
             f"{error}\nTransforms that choose between their input and their output "
             "(MultiSteps, apply_if_finite, conditionally_transform) must stand after "
             "the combiner, as in chain(combiner, MultiSteps(adam, k)); masked(combiner, "
-            "mask) leaves other leaves uncombined, so use mtl_optax.shared_only."
+            "mask) leaves the rest uncombined: use mtl_optax.shared_only."
         ) from error
     _check_updates(updates, params, num_tasks)
     _check_state(state, after)

@@ -131,3 +131,98 @@ def test_tension_factor_is_the_authors(x64):
             jnp.asarray(1.0, jnp.float64), jnp.asarray(loss, jnp.float64), row["alpha"]
         )
         np.testing.assert_allclose(ours, float(row["c"]), rtol=1e-9, atol=1e-12)
+
+
+def unit_rows(key, num_tasks, size):
+    rows = jax.random.normal(jax.random.key(key), (num_tasks, size))
+    return np.asarray(rows / jnp.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def tensioned(rows, dtype, steps=12, **options):
+    tx = mtl.task_tensioner(len(rows), **options)
+    losses = jnp.asarray(10.0 ** -np.arange(len(rows)), dtype)
+    g = {"w": jnp.asarray(rows, dtype)}
+    state = tx.init({"w": jnp.zeros(rows.shape[1], dtype)})
+
+    def step(state, _):
+        updates, state = tx.update(g, state, losses=losses)
+        return state, updates["w"]
+
+    state, updates = jax.jit(lambda s: jax.lax.scan(step, s, None, steps))(state)
+    return np.asarray(updates[-1], np.float64), state
+
+
+@pytest.mark.parametrize("num_tasks", [2, 3, 5])
+@pytest.mark.parametrize("difference", [1e-2, 1e-3])
+def test_nearly_equal_gradients_keep_their_direction(num_tasks, difference, x64):
+    common = unit_rows(0, 1, 200)
+    rows = np.float32(common + difference * unit_rows(1, num_tasks, 200))
+    ours, _ = tensioned(rows, jnp.float32)
+    exact, _ = tensioned(rows.astype(np.float64), jnp.float64)
+    # The tension is what differs from the common direction; a float32 Gramian of the
+    # rows themselves gets it wrong by a quarter.
+    tension, wanted = ours - rows.mean(0), exact - rows.mean(0)
+    assert np.linalg.norm(wanted) > 0.01
+    error = np.linalg.norm(tension - wanted) / np.linalg.norm(wanted)
+    assert error < 5e-3
+
+
+def test_relative_tension_follows_the_length_of_the_gradients(x64):
+    rows = unit_rows(3, 3, 20)
+    small, _ = tensioned(rows, jnp.float64, tension="relative")
+    large, _ = tensioned(1e6 * rows, jnp.float64, tension="relative")
+    np.testing.assert_allclose(large, 1e6 * small, rtol=1e-9)
+    # Absolute tension is the same where d has length 1, and vanishes for long rows.
+    central = np.asarray(central_step(3, {"w": jnp.asarray(rows)})["w"])
+    rows = rows / np.linalg.norm(central)
+    absolute, _ = tensioned(rows, jnp.float64)
+    relative, _ = tensioned(rows, jnp.float64, tension="relative")
+    np.testing.assert_allclose(absolute, relative, rtol=1e-9)
+    absolute, _ = tensioned(1e6 * rows, jnp.float64)
+    plain = np.asarray(central_step(3, {"w": jnp.asarray(1e6 * rows)})["w"])
+    assert np.linalg.norm(absolute - plain) < 4
+    relative, _ = tensioned(1e6 * rows, jnp.float64, tension="relative")
+    assert np.linalg.norm(relative - plain) > 1e4
+
+
+def test_a_history_counts_per_task():
+    tx = mtl.task_tensioner(2, window=3)
+    state = tx.init({"w": jnp.zeros(2)})
+    g = {"w": jnp.array([[3.0, 4.0], [0.0, 2.0]])}
+    absent = jnp.array([True, False])
+    losses = jnp.array([1.0, 1.0])
+    for mask in [None, absent, None, absent, None]:
+        _, state = tx.update(g, state, losses=losses, task_mask=mask)
+    history = state.weighting
+    np.testing.assert_array_equal(history.steps_seen, [5, 3])
+    np.testing.assert_allclose(history.gradient_norms, [[5, 5, 5], [2, 2, 2]])
+    np.testing.assert_array_equal(history.info.tension, 0)  # one window is not full
+    _, state = tx.update(g, state, losses=losses, task_mask=absent)
+    assert state.weighting.info.tension[0] > 0  # the absent task does not hold it up
+    np.testing.assert_allclose(
+        state.weighting.info.tension, [0.85, 0.0], rtol=1e-6
+    )  # p = 1
+
+
+def test_a_zero_gradient_counts_as_absent():
+    tx = mtl.task_tensioner(2, window=2)
+    state = tx.init({"w": jnp.zeros(2)})
+    losses = jnp.array([1.0, 1.0])
+    g = {"w": jnp.array([[3.0, 4.0], [0.0, 2.0]])}
+    for _ in range(3):
+        _, state = tx.update(g, state, losses=losses)
+    solved = {"w": jnp.array([[3.0, 4.0], [0.0, 0.0]])}
+    updates, after = tx.update(solved, state, losses=losses)
+    np.testing.assert_allclose(updates["w"], [3.0, 4.0], rtol=1e-6)
+    for old, new in zip(state.weighting[:3], after.weighting[:3], strict=True):
+        np.testing.assert_array_equal(old[1], new[1])
+
+
+@pytest.mark.parametrize("bad", [-0.1, float("nan")])
+def test_a_negative_alpha_is_refused(bad):
+    with pytest.raises(ValueError, match="alpha must not be negative, got"):
+        mtl.task_tensioner(2, alpha=bad)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        mtl.task_tensioner(2, window=0)
+    with pytest.raises(ValueError, match="tension must be one of"):
+        mtl.task_tensioner(2, tension="strong")

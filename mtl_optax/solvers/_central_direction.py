@@ -53,9 +53,9 @@ def central_direction(
     For unit vectors the shortest convex combination is the centre of the smallest ball
     around them, which depends on their differences alone. So everything is written in
     the basis {mean of the u_t, u_t - mean}. Where all gradients are nearly parallel,
-    its Gramian is taken from the gradients themselves (inside a `lax.cond`, since
-    `gramian_in_basis` may cost as much as the first Gramian); elsewhere it follows
-    from `gramian`.
+    its Gramian is taken from the gradients themselves, and only then, since
+    `gramian_in_basis` may cost as much as the first Gramian; elsewhere it follows from
+    `gramian`.
 
     Args:
       gramian: ``[T, T]`` of the raw task gradients.
@@ -86,10 +86,13 @@ def central_direction(
     centred = jnp.where(pairs, jnp.eye(num_tasks, dtype=dtype) - share, zero)
     basis = jnp.concatenate([share[None], centred])
     near = jnp.all(jnp.where(pairs, cosines, one) > _NEARLY_PARALLEL)
-    extended = lax.cond(
-        near & (count > 1),
-        lambda: gramian_in_basis(basis * inverse),
-        lambda: _quadratic(basis, cosines),
+    # A loop of zero or one turns: a `cond` would copy the stacked gradients into its
+    # branch, doubling the memory of the step.
+    extended = lax.fori_loop(
+        0,
+        (near & (count > 1)).astype(jnp.int32),
+        lambda _, __: gramian_in_basis(basis * inverse),
+        _quadratic(basis, cosines),
     )
 
     spread = extended[1:, 1:]

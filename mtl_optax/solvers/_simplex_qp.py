@@ -105,7 +105,7 @@ def _active_set(matrix, linear, normal, present):
         step = jnp.where(face, step, 0)
         sound = jnp.all(jnp.isfinite(step))
         # Where the start is optimal, a step would only amplify rounding into asymmetry.
-        flat = jnp.all(jnp.where(face, jnp.abs(costs), 0) <= eps * jnp.sum(y))
+        flat = jnp.all(jnp.where(face, jnp.abs(costs), 0) <= 4 * eps * jnp.sum(y))
         flat = flat & (state.iterations == state.polished)
         step = jnp.where(sound & ~flat, step, 0)
 
@@ -114,22 +114,18 @@ def _active_set(matrix, linear, normal, present):
         blocked = face & (ratios <= length) & (length < 1)
         any_blocked = jnp.any(blocked)
 
-        def normalise(point):
-            point = jnp.maximum(point, 0)
-            return point / jnp.sum(normal * point)
-
-        def change(point):
-            move = point - y
-            return jnp.sum(move * (costs + _dot(matrix, move) / 2))
-
-        short = normalise(jnp.where(blocked, 0, y + length * step))
-        clipped = normalise(y + step)
-        short_change, clipped_change = change(short), change(clipped)
-        clip = any_blocked & (clipped_change < short_change)
-        gained = jnp.where(clip, clipped_change, short_change)
-        moved = jnp.where(clip, clipped, short)
-        y_new = jnp.where(any_blocked | (gained < 0), moved, y)
-        left = jnp.where(clip, face & (clipped <= 0), blocked)
+        # To the first bound, or all the way with what falls below zero cut off.
+        points = jnp.stack([jnp.where(blocked, 0, y + length * step), y + step])
+        points = jnp.maximum(points, 0)
+        points = points / _dot(points, normal)[:, None]
+        moves = points - y[None, :]
+        bends = _dot(moves, matrix)
+        changes = jnp.sum(moves * (costs[None, :] + bends / 2), axis=1)
+        clip = any_blocked & (changes[1] < changes[0])
+        gained = jnp.where(clip, changes[1], changes[0])
+        moved = any_blocked | (gained < 0)
+        y_new = jnp.where(moved, jnp.where(clip, points[1], points[0]), y)
+        left = jnp.where(clip, face & (points[1] <= 0), blocked)
         face = face & ~left
 
         weight = jnp.sum(y_new)

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from mtl_optax import metrics, solvers
 from mtl_optax._check import check_chain
 from mtl_optax._registry import METHODS, Method
 from mtl_optax._transform import (
@@ -38,10 +39,12 @@ __all__ = [
     "gramian",
     "materialize",
     "mean",
+    "metrics",
     "mgda",
     "shared_mask",
     "shared_only",
     "skip_nonfinite_tasks",
+    "solvers",
     "stack_tasks",
     "sum_tasks",
     "task_jacobian",

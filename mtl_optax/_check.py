@@ -74,8 +74,9 @@ def check_chain(
             f"the chain fails on task gradients of shape ({num_tasks}, *param.shape): "
             f"{error}\nTransforms that choose between their input and their output "
             "(MultiSteps, apply_if_finite, conditionally_transform) must stand after "
-            "the combiner, as in chain(combiner, MultiSteps(adam, k)); masked(combiner, "
-            "mask) leaves the rest uncombined: use mtl_optax.shared_only."
+            "the combiner, as in chain(combiner, MultiSteps(adam, k)); for "
+            "masked(combiner, mask), which leaves the rest uncombined, use "
+            "mtl_optax.shared_only."
         ) from error
     _check_updates(updates, params, num_tasks)
     _check_state(state, after)

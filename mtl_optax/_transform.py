@@ -8,6 +8,7 @@ functions.
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -214,12 +215,15 @@ def from_weighting(
             task_mask=mask,
             **extra,
         )
+        _check_contract(weights, num_tasks, state.weighting, inner)
         weights = jnp.where(mask, weights.astype(dtype), jnp.zeros((), dtype))
         if scale in ("mean", "sum"):
             weights = weights * _to_sum(weights, mask, scale)
         updates = weighted_sum(weights, task_grads, task_mask=given_mask)
         if scale == "norm":
-            factor, updates = _to_mean_length(updates, task_grads, mask, given_mask)
+            factor, updates = _to_mean_length(
+                updates, task_grads, mask, given_mask, axis_name
+            )
             weights = weights * factor.astype(dtype)
         info = (
             LossInfo(weights)
@@ -402,7 +406,8 @@ def check_count(name: str, value: Any) -> None:
     if isinstance(value, jax.Array):
         raise TypeError(
             f"{name} must be a Python int, got an array: it sets shapes. With "
-            f"optax.inject_hyperparams pass static_args=({name!r}, ...)."
+            "optax.inject_hyperparams name every such argument, as in "
+            "static_args=('num_tasks', 'window')."
         )
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
@@ -426,6 +431,24 @@ def check_nonnegative(name: str, value: Any) -> None:
         raise ValueError(f"{name} must not be negative, got {value}.")
 
 
+def _check_contract(
+    weights: Array, num_tasks: int, before: State, after: State
+) -> None:
+    """What a weighting returned has the shapes it promised."""
+    if weights.shape != (num_tasks,):
+        raise ValueError(
+            f"the weighting returned weights of shape {weights.shape}, expected "
+            f"({num_tasks},), one a task."
+        )
+    try:
+        chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    except AssertionError as error:
+        raise ValueError(
+            "the weighting's state must keep its structure, shapes and dtypes from "
+            f"init on: {error}"
+        ) from error
+
+
 def _to_sum(weights: Weights, mask: TaskMask, scale: Scale) -> Array:
     total = jnp.sum(weights)
     target = jnp.sum(mask.astype(weights.dtype)) if scale == "sum" else 1.0
@@ -438,13 +461,14 @@ def _to_mean_length(
     task_grads: TaskGradients,
     mask: TaskMask,
     given_mask: TaskMask | None,
+    axis_name: Any = None,
 ) -> tuple[Array, Updates]:
     """Rescales `updates` to the length of the mean gradient of present tasks."""
     present = mask.astype(jnp.float32)
     mean = weighted_sum(
         present / jnp.maximum(jnp.sum(present), 1.0), task_grads, task_mask=given_mask
     )
-    length, target = norm(updates), norm(mean)
+    length, target = norm(updates, axis_name), norm(mean, axis_name)
     one = jnp.ones((), length.dtype)
     factor = jnp.where(length > 0, target / jnp.where(length > 0, length, one), one)
     scaled = jax.tree.map(

@@ -494,17 +494,24 @@ def finite_rows(task_grads: TaskGradients) -> TaskMask:
     return jnp.all(jnp.stack(flags), axis=0)
 
 
-def norm(tree: PyTree[Any]) -> Float[Array, ""]:
-    """Euclidean length of a tree, safe for entries whose squares leave float32."""
+def norm(tree: PyTree[Any], axis_name: Any | None = None) -> Float[Array, ""]:
+    """Euclidean length of a tree, safe for entries whose squares leave float32.
+
+    Inside `jax.shard_map`, `axis_name` names the axes over which leaves are sharded.
+    """
     leaves = jax.tree.leaves(tree)
     dtype = _accumulator(*leaves)
     largest = jnp.max(
         jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in leaves])
     )
+    if axis_name is not None:
+        largest = lax.pmax(largest, axis_name)
     unit = jnp.where(largest > 0, largest, jnp.ones((), dtype))
     total = jnp.sum(
         jnp.stack([jnp.sum(jnp.square(x.astype(dtype) / unit)) for x in leaves])
     )
+    if axis_name is not None:
+        total = lax.psum(total, axis_name)
     return unit * jnp.sqrt(total)
 
 

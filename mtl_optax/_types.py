@@ -13,7 +13,7 @@ task mask               ``[T]`` of bools             ``False``: the task is abse
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -65,6 +65,7 @@ class Aggregator(NamedTuple):
     update: Callable[..., tuple[Updates, State]]
 
 
+@runtime_checkable
 class TaskJacobian(Protocol):
     """The ``[T, P]`` Jacobian as a linear operator: what a lazy leaf points to.
 

@@ -1,0 +1,367 @@
+"""The `mtl-optax` command: watch methods at work, and list them.
+
+Whatever a user may do wrong ends in one line on standard error and a nonzero exit code.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+_INTERRUPTED = 130
+_DEFAULT_METHODS = "mean,mgda,edm,task_tensioner"
+
+
+class _UserError(Exception):
+    """Something that the user can put right, in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+      the exit code: 0, 1 for what the user can put right, 2 for wrong arguments, 130
+      when interrupted.
+
+    Example:
+      >>> from mtl_optax._cli import main
+      >>> main(["list"])  # doctest: +ELLIPSIS
+      method ...
+      0
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+        sys.stdout.flush()
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        return _complain("interrupted", _INTERRUPTED)
+    except _UserError as error:
+        return _complain(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {
+            "flax",
+            "matplotlib",
+            "sklearn",
+            "tqdm",
+        }:
+            raise
+        return _complain(
+            f"{error.name} is not installed; the demo needs the examples' packages: "
+            'pip install "mtl_optax[examples]"'
+        )
+    except BrokenPipeError:
+        # The reader (`head`) went away: nothing to say, and no one to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _complain(message: str, code: int = 1) -> int:
+    print(f"mtl-optax: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mtl-optax",
+        description="Combines task gradients, as one more link of an optax chain.",
+    )
+    parser.add_argument("--version", action=_ShowVersion)
+    commands = parser.add_subparsers(
+        required=True, metavar="{demo,list}", dest="command", parser_class=_Parser
+    )
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a network on two conflicting tasks under several methods",
+        description="Trains a small Flax network to classify the top-left one of two "
+        "overlaid handwritten digits and to reconstruct the other, under several ways "
+        "of combining the two gradients; prints a table and saves plots.",
+    )
+    demo.add_argument(
+        "--tasks",
+        "--pair",
+        default="CL_RR",
+        metavar="NAME",
+        help="two or three of CL and CR (classify left, right) and RR (reconstruct "
+        "right), joined by underscores (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--methods",
+        type=_names,
+        default=_DEFAULT_METHODS,
+        metavar="A,B",
+        help="names from `mtl-optax list` (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--seeds",
+        type=_at_least_one,
+        default=8,
+        metavar="N",
+        help="runs of each method, trained at once (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--epochs",
+        type=_at_least_one,
+        default=30,
+        metavar="N",
+        help="passes over the training pairs (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--lr",
+        type=_rates,
+        default="0.001,0.003,0.01",
+        metavar="X[,Y]",
+        help="learning rate of Adam; of several, each method's own is chosen on "
+        "validation pairs (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mtl_optax_demo"),
+        metavar="FOLDER",
+        help="where plots go (default: ./%(default)s)",
+    )
+    demo.add_argument("--no-plots", action="store_true", help="print the table only")
+    demo.add_argument("--quiet", action="store_true", help="no progress, table only")
+    demo.set_defaults(run=_demo)
+
+    listing = commands.add_parser("list", help="print all methods")
+    listing.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    listing.set_defaults(run=_list)
+    return parser
+
+
+class _ShowVersion(argparse.Action):
+    """Prints the version, which only then is looked up."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import mtl_optax
+
+        print(f"mtl_optax {mtl_optax.__version__}")
+        parser.exit()
+
+
+def _at_least_one(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return number
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(
+            f"expected positive numbers joined by commas, got {text!r}"
+        )
+    return rates
+
+
+def _names(text: str) -> tuple[str, ...]:
+    from mtl_optax._registry import METHODS
+
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}"
+        )
+    return names
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from mtl_optax._registry import METHODS
+
+    header = ["method", "backward passes", "reads", "what it does", "paper"]
+    lines = [header]
+    for method in METHODS.values():
+        reads = sorted(n.replace("_in_basis", "") for n in method.needs)
+        lines.append(
+            [
+                method.name,
+                method.cost,
+                ", ".join(dict.fromkeys(reads)) or "-",
+                method.summary,
+                method.paper,
+            ]
+        )
+    if arguments.markdown:
+        lines = [[f"`{line[0]}`", *line[1:]] for line in lines[1:]]
+        lines = [header, ["---"] * len(header), *lines]
+        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (c.ljust(w) for c, w in zip(line, widths, strict=True))
+        _say("  ".join(cells).rstrip())
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from mtl_optax.examples.digits import parse_tasks
+
+    try:
+        tasks = parse_tasks(arguments.tasks)
+    except ValueError as error:
+        raise _UserError(str(error)) from None
+    if len(tasks) < 2:
+        raise _UserError(
+            f"--tasks {arguments.tasks}: there is nothing to combine; name two or three "
+            "tasks, for example CL_RR"
+        )
+    from mtl_optax.examples.comparison import compare, extras_of
+
+    try:
+        for name in arguments.methods:
+            extras_of(name)
+    except ValueError as error:
+        raise _UserError(str(error)) from None
+    # Before minutes of training, not after.
+    save_plots: Callable[..., list[Path]] | None = None
+    if not arguments.no_plots:
+        _check_writable(arguments.out)
+        from mtl_optax.examples.plots import save_plots
+
+    import jax
+
+    from mtl_optax.examples import report
+
+    runs = len(arguments.lr) * arguments.seeds
+    if not arguments.quiet:
+        _say(
+            f"{'_'.join(tasks)}: one network for each task alone, and one for all tasks "
+            f"under each of {', '.join(arguments.methods)}.\n"
+            f"{arguments.seeds} seeds x {len(arguments.lr)} learning rates "
+            f"({runs} runs at once), {arguments.epochs} epochs."
+        )
+        sys.stdout.flush()
+    total = (len(tasks) + len(arguments.methods)) * arguments.epochs
+    with _progress(total, arguments.quiet) as advance:
+        found = compare(
+            tasks,
+            arguments.methods,
+            num_seeds=arguments.seeds,
+            num_epochs=arguments.epochs,
+            learning_rates=arguments.lr,
+            key=jax.random.key(0),
+            on_epoch=advance,
+        )
+
+    rows = report.make_rows(found)
+    _say("\n" + report.format_table(found, rows))
+    _say("\n" + "\n".join(_notes(arguments)))
+    _say("\n" + "\n".join(report.verdict(found, rows)))
+    if save_plots is not None:
+        try:
+            files = save_plots(found, arguments.out)
+        except OSError as error:
+            raise _UserError(f"cannot save plots: {error}") from None
+        _say(f"\nPlots: {', '.join(str(file) for file in files)}")
+    best = max(rows, key=lambda row: row.worst.mean)
+    _say("\n" + _recipe(best.name, len(tasks), best.learning_rate))
+
+
+def _notes(arguments: argparse.Namespace) -> list[str]:
+    notes = [
+        f"± is the 95 % t interval of the mean over {arguments.seeds} seeds.",
+        "Delta_m: mean over tasks of the change against single-task training; positive "
+        "is better.",
+        "worst task: the same, of the task that lost most.  mean rank: 1 is best.",
+        "conflicts: share of steps in which task gradients on the encoder point against "
+        "each other.",
+    ]
+    if arguments.seeds == 1:
+        notes[0] = "One seed says nothing about chance: run more for intervals."
+    if len(arguments.lr) > 1:
+        notes.append("lr: of Adam, chosen for each method on validation pairs.")
+    else:
+        notes.append("lr: of Adam, the same for all methods.")
+    return notes
+
+
+def _recipe(method: str, num_tasks: int, rate: float) -> str:
+    return "\n".join(
+        [
+            f"The same in your own chain, with {method} for example "
+            "(loss_fn returns one scalar a task):",
+            "",
+            "    mask = mtl.shared_mask(loss_fn, params, batch)",
+            f"    tx = optax.chain(mtl.shared_only(mtl.{method}(num_tasks={num_tasks}), "
+            f"mask), optax.adam({rate:g}))",
+            "    losses, task_grads = mtl.task_jacobian(loss_fn)(params, batch)",
+            "    updates, opt_state = tx.update(task_grads, opt_state, params, "
+            "losses=losses)",
+        ]
+    )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _UserError(
+            f"cannot write to --out {folder}: {error.strerror or error}"
+        ) from None
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A bar on standard error, one step an epoch; silent unless someone watches."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total,
+            file=sys.stderr,
+            disable=quiet or not sys.stderr.isatty(),
+            unit="epoch",
+            leave=False,
+        )
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._bar.set_description("compiling")
+
+        def advance(label: str) -> None:
+            self._bar.set_description(label, refresh=False)
+            self._bar.update()
+
+        return advance
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _say(text: str) -> None:
+    """Prints, also where the terminal's encoding lacks a character."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.replace("±", "+-").encode(encoding, "replace").decode(encoding)
+    print(text)

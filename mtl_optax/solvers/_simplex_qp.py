@@ -86,6 +86,8 @@ def _active_set(matrix, linear, normal, present):
     size = matrix.shape[0]
     eps = jnp.finfo(dtype).eps
     count = jnp.int32
+    start = present.astype(dtype)
+    start = start / jnp.maximum(jnp.sum(normal), 1)
 
     def advance(state):
         y, face = state.y, state.face
@@ -106,7 +108,7 @@ def _active_set(matrix, linear, normal, present):
         sound = jnp.all(jnp.isfinite(step))
         # Where the start is optimal, a step would only amplify rounding into asymmetry.
         flat = jnp.all(jnp.where(face, jnp.abs(costs), 0) <= 4 * eps * jnp.sum(y))
-        flat = flat & (state.iterations == state.polished)
+        flat = flat & jnp.all(y == start)
         step = jnp.where(sound & ~flat, step, 0)
 
         ratios = jnp.where(step < 0, y / jnp.where(step < 0, -step, 1), jnp.inf)
@@ -158,8 +160,6 @@ def _active_set(matrix, linear, normal, present):
             done=settled | (iterations >= 4 * size + 32),
         )
 
-    start = jnp.where(present, 1, 0).astype(dtype)
-    start = start / jnp.maximum(jnp.sum(jnp.where(present, normal, 0)), 1)
     state = _State(
         y=start,
         face=present,

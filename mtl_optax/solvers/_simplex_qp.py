@@ -45,7 +45,7 @@ class _State(NamedTuple):
     done: Bool[Array, ""]
 
 
-def _reduced_costs(slope, normal, support):
+def _reduced_costs(slope: Array, normal: Array, support: Array) -> Array:
     """`slope - lam * normal`, with `lam` fitted on the support in least squares."""
     # Scaled to a largest entry of 1, because the square of a tiny one underflows.
     unit = normal / jnp.max(jnp.where(support, normal, 0))
@@ -53,11 +53,13 @@ def _reduced_costs(slope, normal, support):
     return slope - unit * (jnp.sum(fitted * slope) / jnp.sum(fitted * fitted))
 
 
-def _residual(matrix, linear, normal, present, y):
+def _residual(
+    matrix: Array, linear: Array, normal: Array, present: Array, y: Array
+) -> Array:
     slope = _dot(matrix, y) + linear
     support = y > 0
 
-    def violation(costs):
+    def violation(costs: Array) -> Array:
         each = jnp.where(present, jnp.abs(jnp.minimum(y, costs)), 0)
         return jnp.max(each) / jnp.maximum(jnp.sum(y), 1)
 
@@ -68,7 +70,9 @@ def _residual(matrix, linear, normal, present, y):
     return jnp.minimum(violation(costs), violation(again))
 
 
-def _active_set(matrix, linear, normal, present):
+def _active_set(
+    matrix: Array, linear: Array, normal: Array, present: Array
+) -> tuple[Array, Array]:
     """Minimise `y^T R y / 2 + p^T y` over `a^T y = 1, y >= 0`, `diag(R) <= 1`.
 
     Each round solves the problem on the current face (the tasks that may be positive)
@@ -89,7 +93,7 @@ def _active_set(matrix, linear, normal, present):
     start = present.astype(dtype)
     start = start / jnp.maximum(jnp.sum(normal), 1)
 
-    def advance(state):
+    def advance(state: _State) -> _State:
         y, face = state.y, state.face
         slope = _dot(matrix, y) + linear
         costs = _reduced_costs(slope, normal, face)
@@ -174,7 +178,7 @@ def _active_set(matrix, linear, normal, present):
     return state.y, state.iterations
 
 
-def _pair(quadratic, linear, present):
+def _pair(quadratic: Array, linear: Array, present: Array) -> Array:
     """The optimal shares of two tasks, in closed form."""
     # How much the objective falls, at first, on leaving the other task's vertex.
     pull = jnp.diagonal(quadratic)[::-1] - quadratic[0, 1] + linear[::-1] - linear
@@ -185,7 +189,9 @@ def _pair(quadratic, linear, present):
 
 
 @jax.jit
-def _solve(quadratic, linear, constraint, present):
+def _solve(
+    quadratic: Array, linear: Array, constraint: Array, present: Array
+) -> tuple[Array, SolverInfo]:
     """`simplex_qp` with every argument an array."""
     dtype = quadratic.dtype
     size = quadratic.shape[0]

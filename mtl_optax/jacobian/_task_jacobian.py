@@ -42,8 +42,9 @@ def task_jacobian(
         each task runs forward and backward on its own batch only; aux is stacked.
       mode: how rows are swept: ``"vmap"`` (one batched pass, most memory),
         ``"unroll"`` (a Python loop: best for convolutions on CPU, compiles longer),
-        ``"map"`` (`lax.map`: least memory). The default unrolls up to 4 tasks; beyond,
-        it maps for Gramians and vmaps for rows.
+        ``"map"`` (`lax.map`: least memory). The default takes a Gramian one row at a
+        time, except that up to 4 rows of 64 MiB in all are stored, which is twice as
+        fast; rows that are asked for are unrolled up to 4 tasks and vmapped beyond.
 
     Returns:
       a function of `loss_fn`'s arguments that gives ``(losses [T], task_grads)``, with

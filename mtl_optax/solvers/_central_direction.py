@@ -86,14 +86,15 @@ def central_direction(
     centred = jnp.where(pairs, jnp.eye(num_tasks, dtype=dtype) - share, zero)
     basis = jnp.concatenate([share[None], centred])
     near = jnp.all(jnp.where(pairs, cosines, one) > _NEARLY_PARALLEL)
+
+    def anew(turn: Array, _: Array) -> Array:
+        # Depends on the turn, or XLA would hoist it out of the loop and always run it.
+        return gramian_in_basis(jnp.where(turn == 0, basis * inverse, zero))
+
     # A loop of zero or one turns: a `cond` would copy the stacked gradients into its
     # branch, doubling the memory of the step.
-    extended = lax.fori_loop(
-        0,
-        (near & (count > 1)).astype(jnp.int32),
-        lambda _, __: gramian_in_basis(basis * inverse),
-        _quadratic(basis, cosines),
-    )
+    turns = (near & (count > 1)).astype(jnp.int32)
+    extended = lax.fori_loop(0, turns, anew, _quadratic(basis, cosines))
 
     spread = extended[1:, 1:]
     solution, solved = simplex_qp(spread, -jnp.diag(spread) / 2, task_mask=active)

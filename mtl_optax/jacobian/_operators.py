@@ -138,27 +138,23 @@ class JointJacobian:
             return self.function(jax.tree.unflatten(treedef, merged))
 
         chosen = [flat[index] for index in self.leaves]
-        # Traced anew at full precision: on accelerators the losses' own products may
-        # run in TF32 or bfloat16, which a Gramian of near-parallel rows can't bear.
-        with jax.default_matmul_precision("highest"):
-            try:
-                _, pushforward = jax.linearize(function, chosen)
-            except TypeError:
-                return None
-            _, pullback = jax.vjp(function, chosen)
-
         dtype = self.losses.dtype
         combine = jnp.eye(self.num_tasks, dtype=dtype)
         if basis is not None:
             combine = basis.astype(dtype)
         if task_mask is not None:
             combine = jnp.where(task_mask, combine, jnp.zeros((), dtype))
-
-        def column(coefficients: Array) -> Array:
-            (row,) = pullback(coefficients)
-            return pushforward(row)
-
-        columns = map_rows(column, combine, self._mode("map"))
+        # Traced anew at full precision: on accelerators the losses' own products may
+        # run in TF32 or bfloat16, which a Gramian of near-parallel rows can't bear.
+        with jax.default_matmul_precision("highest"):
+            _, pullback = jax.vjp(function, chosen)
+            try:
+                _, pushforward = jax.linearize(function, chosen)
+                columns = map_rows(
+                    lambda c: pushforward(*pullback(c)), combine, self._mode("map")
+                )
+            except TypeError:
+                return None
         if task_mask is not None:
             columns = jnp.where(task_mask, columns, jnp.zeros((), dtype))
         gram = jnp.matmul(columns, combine.T, precision=HIGHEST)

@@ -67,7 +67,7 @@ def shared_mask(
     leaves, treedef = jax.tree.flatten(params)
 
     @jax.jit
-    def touched(params: PyTree[Array], args: Any, kwargs: Any) -> list[Array]:
+    def touched(params: PyTree[Array]) -> list[Array]:
         jacobian = task_jacobian(loss_fn, has_aux=has_aux, in_axes=in_axes)
         _, task_grads = jacobian(params, *args, **kwargs)
         # Each task from its own loss where possible: a NaN at random parameters would
@@ -80,9 +80,7 @@ def shared_mask(
     for draw in jax.random.split(key, 2):
         keys = jax.random.split(draw, len(leaves))
         random = [_random_like(k, x) for k, x in zip(keys, leaves, strict=True)]
-        for i, tasks in enumerate(
-            touched(jax.tree.unflatten(treedef, random), args, kwargs)
-        ):
+        for i, tasks in enumerate(touched(jax.tree.unflatten(treedef, random))):
             found[i] = found[i] or int(tasks.sum()) > 1
             any_gradient = any_gradient or bool(tasks.any())
     if not any_gradient:

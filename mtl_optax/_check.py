@@ -68,8 +68,16 @@ def check_chain(
 
     state = jax.eval_shape(tx.init, params)
     try:
-        updates, after = jax.eval_shape(step, stacked, state, params, extra)
-    except (TypeError, ValueError) as error:
+        try:
+            updates, after = jax.eval_shape(step, stacked, state, params, extra)
+        except TypeError as error:
+            # Some wrappers (optax.contrib.sam) hand no extra arguments on; lazy task
+            # gradients bring their losses along.
+            if "unexpected keyword argument 'losses'" not in str(error):
+                raise
+            del extra["losses"]
+            updates, after = jax.eval_shape(step, stacked, state, params, extra)
+    except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"the chain fails on task gradients of shape ({num_tasks}, *param.shape): "
             f"{error}\nTransforms that choose between their input and their output "
@@ -178,7 +186,7 @@ def _warn_of_order(
     lazy = lazy_tree(_ZeroJacobian(params, num_tasks, everything), params)
     try:
         jax.eval_shape(lambda s, p, e: step(lazy, s, p, e), state, params, extra)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         if "lazy task gradient" not in str(error):
             raise
         warnings.warn(

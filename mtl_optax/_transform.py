@@ -472,7 +472,9 @@ def _to_mean_length(
     one = jnp.ones((), length.dtype)
     factor = jnp.where(length > 0, target / jnp.where(length > 0, length, one), one)
     scaled = jax.tree.map(
-        lambda u: (factor * u.astype(jnp.result_type(factor, u))).astype(u.dtype),
+        lambda u: (factor * u.astype(jnp.result_type(factor.dtype, u.dtype))).astype(
+            u.dtype
+        ),
         updates,
     )
     return factor, scaled

@@ -31,7 +31,28 @@ HIGHEST = lax.Precision.HIGHEST
 _BLOCK = 4096
 
 
-class LazyTaskGradient:
+_REFUSAL = (
+    "is a lazy task gradient: it lives inside one trace and only a combiner of "
+    "mtl_optax can use it. Put the combiner before anything that computes with "
+    "gradients (clip, scale, adam, ...), call `tx.update` in the same jit-compiled "
+    "function as `task_jacobian`, and return `updates`, not the task gradients; "
+    "`mtl_optax.materialize(task_grads)` turns the tree into arrays of shape "
+    "[T, *param.shape] that may cross a `jit` boundary."
+)
+
+
+class _LazyAttributeError(TypeError, AttributeError):
+    """What a missing attribute of an array raises; `hasattr` still sees False."""
+
+
+class _SpeakingType(type):
+    """JAX names only the type of a value it refuses; so the type says what to do."""
+
+    def __repr__(cls) -> str:
+        return f"<class '{cls.__module__}.{cls.__qualname__}'>, which {_REFUSAL}"
+
+
+class LazyTaskGradient(metaclass=_SpeakingType):
     """One leaf of a lazy tree of task gradients: a place in a Jacobian not yet formed.
 
     Opaque on purpose: it passes through anything that only moves leaves around
@@ -79,31 +100,26 @@ class LazyTaskGradient:
             f"dtype={jnp.dtype(self.dtype).name})"
         )
 
-    def _refuse(self, *_: Any) -> NoReturn:
-        raise TypeError(
-            f"{self!r} is a lazy task gradient: it lives inside one trace and only a "
-            "combiner of mtl_optax can use it. Put the combiner before anything that "
-            "computes with gradients (clip, scale, adam, ...), call `tx.update` in the "
-            "same jit-compiled function as `task_jacobian`, and return `updates`, not "
-            "the task gradients; `mtl_optax.materialize(task_grads)` turns the tree "
-            "into arrays of shape [T, *param.shape] that may cross a `jit` boundary."
-        )
+    def __str__(self) -> str:
+        return f"{self!r}, which {_REFUSAL}"  # messages of optax quote the value
 
-    # JAX looks this attribute up before it refuses an object of unknown type, so a
-    # leaf that is returned from `jit`, or given to `jnp`, is refused in our words.
-    __jax_array__ = property(_refuse)
+    def __getattr__(self, name: str) -> NoReturn:
+        # What only arrays have (g.mean(), g.real); probes for protocols stay plain.
+        words = "" if name.startswith("_") else f": it {_REFUSAL}"
+        raise _LazyAttributeError(f"{self!r} has no attribute {name!r}{words}")
 
 
-def _refuse_arithmetic(self: LazyTaskGradient, *_: Any) -> NoReturn:
-    self._refuse()
+def _refuse(self: LazyTaskGradient, *_: Any) -> NoReturn:
+    raise TypeError(f"{self!r} {_REFUSAL}")
 
 
 for _name in (
     *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv"),
-    *("matmul", "rmatmul", "pow", "rpow", "neg", "abs", "getitem", "array", "float"),
-    *("lt", "le", "gt", "ge", "bool", "len", "iter"),
+    *("floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul"),
+    *("neg", "pos", "abs", "lt", "le", "gt", "ge", "getitem", "len", "iter"),
+    *("array", "float", "int", "index", "complex", "bool"),
 ):
-    setattr(LazyTaskGradient, f"__{_name}__", _refuse_arithmetic)
+    setattr(LazyTaskGradient, f"__{_name}__", _refuse)
 
 
 def is_lazy(task_grads: TaskGradients) -> bool:
@@ -136,6 +152,15 @@ def lazy_tree(operator: TaskJacobian, params: PyTree[Any]) -> TaskGradients:
         for index, (path, leaf) in enumerate(paths_and_leaves)
     ]
     return jax.tree.unflatten(treedef, lazy)
+
+
+def isolates(task_grads: TaskGradients) -> bool:
+    """Whether `materialize` can keep one task's NaN out of the other rows."""
+    return all(
+        leaf.operator.isolates
+        for leaf in jax.tree.leaves(task_grads)
+        if isinstance(leaf, LazyTaskGradient)
+    )
 
 
 def lazy_losses(task_grads: TaskGradients) -> Array | None:
@@ -213,7 +238,8 @@ def check_task_axis(
 
 
 def _accumulator(*arrays: Array) -> DType:
-    return jnp.result_type(jnp.float32, *arrays)
+    # By dtype: a weakly typed float64 (a Python float under x64) would give float32.
+    return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
 
 
 def _explicit_mesh(x: Array) -> Any | None:
@@ -411,7 +437,9 @@ def weighted_sum(
     Args:
       weights: ``[T]``.
       task_grads: stacked or lazy; a lazy tree costs one backward pass.
-      task_mask: ``[T]`` of bools; absent tasks are left out, NaN rows included.
+      task_mask: ``[T]`` of bools; absent tasks are left out. A NaN in an absent
+        stacked row does no harm; in a lazy tree it may reach the others through the
+        network they share (`skip_nonfinite_tasks` is for that).
 
     Returns:
       a tree like the parameters, each leaf in its own dtype (accumulated in float32

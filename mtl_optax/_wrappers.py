@@ -17,11 +17,11 @@ from mtl_optax._transform import (
     sum_tasks,
 )
 from mtl_optax._tree import (
-    LazyTaskGradient,
     all_finite,
     check_task_axis,
     finite_rows,
     is_lazy,
+    isolates,
     materialize,
     same_structure,
     select,
@@ -239,7 +239,7 @@ def skip_nonfinite_tasks(
             updates, inner = step(task_grads, mask)
         else:
             updates, inner = step(task_grads, mask)
-            if _isolates(task_grads):
+            if isolates(task_grads):
 
                 def one_by_one() -> tuple[Updates, State, TaskMask]:
                     rows = materialize(task_grads, isolated=True)
@@ -261,14 +261,6 @@ def skip_nonfinite_tasks(
         return updates, SkipNonfiniteState(inner, info)
 
     return Combiner(init, update, tasks)
-
-
-def _isolates(task_grads: TaskGradients) -> bool:
-    return all(
-        leaf.operator.isolates
-        for leaf in jax.tree.leaves(task_grads)
-        if isinstance(leaf, LazyTaskGradient)
-    )
 
 
 def _stays_finite(before: State, after: State) -> Array:

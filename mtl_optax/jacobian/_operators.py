@@ -40,7 +40,10 @@ def map_rows(fn: Callable[[Any], Any], rows: PyTree[Array], mode: Mode) -> Any:
 
 def scale_back(unit: Array, grads: Sequence[Array]) -> list[Array]:
     """``unit * grads``, in the wider dtype, each leaf returned in its own."""
-    return [(unit * g.astype(jnp.result_type(unit, g))).astype(g.dtype) for g in grads]
+    return [
+        (unit * g.astype(jnp.result_type(unit.dtype, g.dtype))).astype(g.dtype)
+        for g in grads
+    ]
 
 
 def split_unit(weights: Weights, dtype: Any) -> tuple[Array, Array]:
@@ -107,12 +110,10 @@ class JointJacobian:
     def gramian(
         self, basis: Basis | None = None, task_mask: TaskMask | None = None
     ) -> Array:
-        columns = None
-        if not self.traits.low_precision and not self._stores_rows():
-            columns = self._columns(basis, task_mask)
-        if columns is None:
+        by_rows = self.traits.low_precision or self.traits.reverse_only
+        if by_rows or self._stores_rows():
             return gramian(self.stack(), basis=basis, task_mask=task_mask)
-        return columns
+        return self._columns(basis, task_mask)
 
     def _stores_rows(self) -> bool:
         """A few short rows: faster stored than a column at a time."""
@@ -124,11 +125,8 @@ class JointJacobian:
         few = self.mode is None and self.num_tasks <= _UNROLL
         return few and self.num_tasks * size <= _STORED_BYTES
 
-    def _columns(self, basis: Basis | None, task_mask: TaskMask | None) -> Array | None:
-        """``C J (C J)^T``, a column ``J (J^T c)`` at a time: one row in memory.
-
-        None where the losses have no forward mode (a `custom_vjp` inside).
-        """
+    def _columns(self, basis: Basis | None, task_mask: TaskMask | None) -> Array:
+        """``C J (C J)^T``, a column ``J (J^T c)`` at a time: one row in memory."""
         flat, treedef = jax.tree.flatten(self.params)
 
         def function(chosen: list[Array]) -> Array:
@@ -148,13 +146,10 @@ class JointJacobian:
         # run in TF32 or bfloat16, which a Gramian of near-parallel rows can't bear.
         with jax.default_matmul_precision("highest"):
             _, pullback = jax.vjp(function, chosen)
-            try:
-                _, pushforward = jax.linearize(function, chosen)
-                columns = map_rows(
-                    lambda c: pushforward(*pullback(c)), combine, self._mode("map")
-                )
-            except TypeError:
-                return None
+            _, pushforward = jax.linearize(function, chosen)
+        columns = map_rows(
+            lambda c: pushforward(*pullback(c)), combine, self._mode("map")
+        )
         if task_mask is not None:
             columns = jnp.where(task_mask, columns, jnp.zeros((), dtype))
         gram = jnp.matmul(columns, combine.T, precision=HIGHEST)

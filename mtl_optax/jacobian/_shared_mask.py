@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from mtl_optax._tree import materialize
+from mtl_optax._tree import isolates, materialize
 from mtl_optax.jacobian._task_jacobian import task_jacobian
 
 
@@ -24,15 +24,16 @@ def shared_mask(
 
     .. math:: shared(leaf) = \#\{t : \partial L_t / \partial leaf \ne 0\} > 1
 
-    The Jacobian is taken twice, at random parameters (parameters as initialised are
-    often zero somewhere, and hide a dependence). Call it once, before training, with
+    The Jacobian is taken twice, at random parameters: once around the given ones, once
+    anywhere (parameters as initialised are often zero somewhere, or leave units dead,
+    and hide a dependence). Call it once, before training, with
     real arguments and outside `jit`; give the result to `shared_only` or use it as
     labels of `optax.partition`. Weight decay inside every task's loss makes everything
     shared: decay with optax instead.
 
     Args:
       loss_fn: as for `task_jacobian`; the first argument holds the parameters.
-      params: parameters of the right shapes; their values only set the scale.
+      params: the parameters; the first draw is made around them.
       *args: the further arguments of `loss_fn`, e.g. one batch.
       has_aux: as for `task_jacobian`.
       in_axes: as for `task_jacobian`.
@@ -70,16 +71,25 @@ def shared_mask(
     def touched(params: PyTree[Array]) -> list[Array]:
         jacobian = task_jacobian(loss_fn, has_aux=has_aux, in_axes=in_axes)
         _, task_grads = jacobian(params, *args, **kwargs)
-        # Each task from its own loss where possible: a NaN at random parameters would
-        # else reach every row. NaN != 0 counts as touched.
         rows = jax.tree.leaves(materialize(task_grads, isolated=True))
-        return [jnp.any(g.reshape(g.shape[0], -1) != 0, axis=1) for g in rows]
+        # A NaN at random parameters stays in its own task's row, and says that the task
+        # depends on the leaf, only where rows come from separate losses.
+        counts_nan = isolates(task_grads)
+        return [
+            jnp.any(
+                (g != 0) & (counts_nan | jnp.isfinite(g)), axis=tuple(range(1, g.ndim))
+            )
+            for g in rows
+        ]
 
     found = [False] * len(leaves)
     any_gradient = False
-    for draw in jax.random.split(key, 2):
+    for around, draw in zip((1, 0), jax.random.split(key, 2), strict=True):
         keys = jax.random.split(draw, len(leaves))
-        random = [_random_like(k, x) for k, x in zip(keys, leaves, strict=True)]
+        random = [
+            around * jnp.asarray(x) + _noise_like(k, x)
+            for k, x in zip(keys, leaves, strict=True)
+        ]
         for i, tasks in enumerate(touched(jax.tree.unflatten(treedef, random))):
             found[i] = found[i] or int(tasks.sum()) > 1
             any_gradient = any_gradient or bool(tasks.any())
@@ -91,9 +101,9 @@ def shared_mask(
     return jax.tree.unflatten(treedef, found)
 
 
-def _random_like(key: Array, leaf: Array) -> Array:
-    """Gaussian, scaled as an initialiser would, around the parameter itself."""
+def _noise_like(key: Array, leaf: Array) -> Array:
+    """Gaussian, scaled as an initialiser would."""
     leaf = jnp.asarray(leaf)
     fan_in = max(1, leaf.size // leaf.shape[-1]) if leaf.ndim > 1 and leaf.size else 1
     noise = jax.random.normal(key, leaf.shape, leaf.dtype)
-    return leaf + noise / jnp.sqrt(jnp.asarray(fan_in, leaf.dtype))
+    return noise / jnp.sqrt(jnp.asarray(fan_in, leaf.dtype))

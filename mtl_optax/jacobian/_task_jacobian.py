@@ -74,6 +74,11 @@ def task_jacobian(
     if mode is not None and mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)} or None, got {mode!r}.")
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if in_axes is not None and not isinstance(in_axes, (tuple, list)):
+        raise TypeError(
+            "in_axes must be a tuple with one entry a positional argument, such as "
+            f"(None, 0): the parameters are shared; got {in_axes!r}."
+        )
 
     def losses_and_task_grads(*args: Any, **kwargs: Any) -> Any:
         for position in chosen:
@@ -83,6 +88,8 @@ def task_jacobian(
                     f"function was called with {len(args)} positional arguments."
                 )
         at = [position % len(args) for position in chosen]
+        if len(set(at)) < len(at):
+            raise ValueError(f"argnums={argnums} names an argument twice.")
         params = args[at[0]] if isinstance(argnums, int) else tuple(args[i] for i in at)
         _check_params(params)
 

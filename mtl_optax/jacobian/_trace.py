@@ -14,23 +14,27 @@ class Traits(NamedTuple):
       depends: whether any loss depends on the parameters at all.
       low_precision: whether anything is computed in less than 32 bits; forward and
         backward mode then round differently, and a Gramian by columns is not exact.
+      reverse_only: whether it holds a `jax.custom_vjp`, which has no forward mode.
       convolves: whether it holds a convolution, which XLA's CPU back end runs very
         slowly inside loops.
     """
 
     depends: bool
     low_precision: bool
+    reverse_only: bool
     convolves: bool
 
 
 def read_traits(closed_jaxpr: Any) -> Traits:
     jaxpr = _open(closed_jaxpr)
     equations = list(_walk(jaxpr))
+    names = {eqn.primitive.name for eqn in equations}
     outputs = [v.aval for eqn in equations for v in eqn.outvars]
     return Traits(
         depends=any(_depends(jaxpr, [True] * len(jaxpr.invars))),
         low_precision=any(_is_low(a) for a in [v.aval for v in jaxpr.invars] + outputs),
-        convolves=any(e.primitive.name == "conv_general_dilated" for e in equations),
+        reverse_only=any(name.startswith("custom_vjp") for name in names),
+        convolves="conv_general_dilated" in names,
     )
 
 

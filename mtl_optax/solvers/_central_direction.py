@@ -118,7 +118,22 @@ def central_direction(
 
 
 def centred_rows(active: TaskMask, weights: Weights) -> Float[Array, "tasks tasks"]:
-    """Row t holds the coefficients of ``g_t - d``; zeros where t is not active."""
+    """Coefficients of the differences ``g_t - d`` from a combination ``d``.
+
+    Args:
+      active: ``[T]``; rows of other tasks are zero.
+      weights: ``[T]``, the coefficients of d.
+
+    Returns:
+      ``[T, T]``; row t holds the coefficients of ``g_t - d``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_optax.solvers import centred_rows
+      >>> centred_rows(jnp.ones(2, bool), jnp.array([0.25, 0.75]))
+      Array([[ 0.75, -0.75],
+             [-0.25,  0.25]], dtype=float32)
+    """
     rows = jnp.eye(weights.shape[0], dtype=weights.dtype) - weights
     return jnp.where(active[:, None], rows, jnp.zeros((), weights.dtype))
 

@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--epochs",
         type=_at_least_one,
-        default=30,
+        default=20,
         metavar="N",
         help="passes over the training pairs (default: %(default)s)",
     )
@@ -166,7 +166,9 @@ def _at_least_one(text: str) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 1, got {text!r}"
+        )
     return number
 
 
@@ -230,8 +232,8 @@ def _demo(arguments: argparse.Namespace) -> None:
         raise _UserError(str(error)) from None
     if len(tasks) < 2:
         raise _UserError(
-            f"--tasks {arguments.tasks}: there is nothing to combine; name two or three "
-            "tasks, for example CL_RR"
+            f"--tasks {arguments.tasks}: there is nothing to combine; name two or "
+            "three tasks, for example CL_RR"
         )
     from mtl_optax.examples.comparison import compare, extras_of
 
@@ -253,8 +255,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     runs = len(arguments.lr) * arguments.seeds
     if not arguments.quiet:
         _say(
-            f"{'_'.join(tasks)}: one network for each task alone, and one for all tasks "
-            f"under each of {', '.join(arguments.methods)}.\n"
+            f"{'_'.join(tasks)}: one network for each task alone, and one for all "
+            f"tasks under each of {', '.join(arguments.methods)}.\n"
             f"{arguments.seeds} seeds x {len(arguments.lr)} learning rates "
             f"({runs} runs at once), {arguments.epochs} epochs."
         )
@@ -288,11 +290,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _notes(arguments: argparse.Namespace) -> list[str]:
     notes = [
         f"± is the 95 % t interval of the mean over {arguments.seeds} seeds.",
-        "Delta_m: mean over tasks of the change against single-task training; positive "
+        "Delta_m: mean over tasks of the change against the single-task mean; positive "
         "is better.",
         "worst task: the same, of the task that lost most.  mean rank: 1 is best.",
-        "conflicts: share of steps in which task gradients on the encoder point against "
-        "each other.",
+        "conflicts: share of steps in which task gradients on the encoder point "
+        "against each other.",
     ]
     if arguments.seeds == 1:
         notes[0] = "One seed says nothing about chance: run more for intervals."
@@ -310,8 +312,8 @@ def _recipe(method: str, num_tasks: int, rate: float) -> str:
             "(loss_fn returns one scalar a task):",
             "",
             "    mask = mtl.shared_mask(loss_fn, params, batch)",
-            f"    tx = optax.chain(mtl.shared_only(mtl.{method}(num_tasks={num_tasks}), "
-            f"mask), optax.adam({rate:g}))",
+            f"    combine = mtl.shared_only(mtl.{method}(num_tasks={num_tasks}), mask)",
+            f"    tx = optax.chain(combine, optax.adam({rate:g}))",
             "    losses, task_grads = mtl.task_jacobian(loss_fn)(params, batch)",
             "    updates, opt_state = tx.update(task_grads, opt_state, params, "
             "losses=losses)",

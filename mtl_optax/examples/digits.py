@@ -105,15 +105,15 @@ def load_sources() -> Sources:
     in the data set.
 
     Returns:
-      `Sources`; 1082, 360 and 355 images.
+      `Sources`; 1085, 357 and 355 images.
 
     Example:
       >>> from mtl_optax.examples.digits import load_sources
       >>> sources = load_sources()
       >>> [len(part.labels) for part in sources]
-      [1082, 360, 355]
+      [1085, 357, 355]
       >>> sources.train.images.shape, float(sources.train.images.max())
-      ((1082, 8, 8), 1.0)
+      ((1085, 8, 8), 1.0)
     """
     from sklearn.datasets import load_digits  # an extra, and slow to import
 

@@ -95,12 +95,12 @@ def functional(
       >>> apply(params, jnp.zeros((5, 10, 10)))["CL"].shape
       (5, 10)
     """
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
 
     def apply(params: PyTree[Array], *inputs: Any) -> dict[str, Array]:
         # Without copy=True the model would hold arrays of the outer trace, which
         # Flax refuses as soon as a layer writes to them (BatchNorm).
-        return nnx.merge(graphdef, params, rest, copy=True)(*inputs)
+        return nnx.merge(graphdef, params, *rest, copy=True)(*inputs)
 
     return apply, params
 

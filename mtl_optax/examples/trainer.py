@@ -129,7 +129,7 @@ def make_epoch(
             number, chosen = now
             batch = jax.tree.map(lambda x: x[chosen], data)
             losses, task_grads = jacobian(params, batch)
-            more = {}
+            more: Mapping[str, Any] = {}
             if extras is not None:
                 more = extras(jax.random.fold_in(extras_key, number))
             updates, opt_state = update(
@@ -193,7 +193,9 @@ def train(
       ...     return {"fit": jnp.mean((params - batch) ** 2), "small": params**2}
       >>> tx = optax.chain(mtl.edm(num_tasks=2), optax.sgd(0.1))
       >>> keys = jax.random.split(jax.random.key(0), 3)
-      >>> states = jax.vmap(lambda key: init_state(jax.random.normal(key), tx, key))(keys)
+      >>> def start(key):
+      ...     return init_state(jax.random.normal(key), tx, key)
+      >>> states = jax.vmap(start)(keys)
       >>> epoch = make_epoch(loss_fn, tx, batch_size=2)
       >>> states, record = train(epoch, states, jnp.ones(8), 5, over_seeds=True)
       >>> states.params.shape, record.losses.shape

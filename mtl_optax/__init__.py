@@ -13,6 +13,7 @@ from mtl_optax._transform import (
 )
 from mtl_optax._tree import (
     gramian,
+    lazy_tree,
     materialize,
     stack_tasks,
     unstack_tasks,
@@ -37,6 +38,7 @@ __all__ = [
     "from_aggregator",
     "from_weighting",
     "gramian",
+    "lazy_tree",
     "materialize",
     "mean",
     "metrics",

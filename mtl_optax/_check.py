@@ -54,6 +54,11 @@ def check_chain(
       ValueError: the update of leaf ['w'] has shape (2, 3), the parameter (3,): ...
     """
     check_num_tasks(num_tasks)
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"check_chain: expected an optax transform, got {tx!r}. A factory must be "
+            "called first, as in mtl_optax.edm(num_tasks=2)."
+        )
     tx = optax.with_extra_args_support(tx)
     params = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params
@@ -84,7 +89,8 @@ def check_chain(
             "(MultiSteps, apply_if_finite, conditionally_transform) must stand after "
             "the combiner, as in chain(combiner, MultiSteps(adam, k)); for "
             "masked(combiner, mask), which leaves the rest uncombined, use "
-            "mtl_optax.shared_only."
+            "mtl_optax.shared_only. A missing argument may be given here too, as in "
+            "check_chain(tx, params, num_tasks, value=0.0)."
         ) from error
     _check_updates(updates, params, num_tasks)
     _check_state(state, after)

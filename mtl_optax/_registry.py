@@ -7,6 +7,7 @@ written down anywhere else.
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from mtl_optax import weightings
@@ -74,9 +75,12 @@ class Method(NamedTuple):
           >>> mtl.METHODS["task_tensioner"].extras(2)
           {'losses': Array([1., 2.], dtype=float32)}
         """
-        if "losses" not in self.needs:
-            return {}
-        return {"losses": jnp.arange(1, num_tasks + 1, dtype=jnp.float32)}
+        extras: dict[str, Any] = {}
+        if "losses" in self.needs:
+            extras["losses"] = jnp.arange(1, num_tasks + 1, dtype=jnp.float32)
+        if "key" in self.needs:
+            extras["key"] = jax.random.key(0)
+        return extras
 
 
 def _row(

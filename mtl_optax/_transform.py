@@ -5,21 +5,27 @@ checks, absent tasks, the scale convention, the state's layout. A method adds tw
 functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 from jaxtyping import Array, Float
 
 from mtl_optax._tree import (
     check_task_axis,
+    constant,
     gramian,
     lazy_losses,
+    lazy_task_names,
     materialize,
     norm,
+    one_level,
+    present_rows,
     state_dtype,
     weighted_sum,
 )
@@ -49,12 +55,14 @@ class Combiner(optax.GradientTransformationExtraArgs):
       weighting: the weighting inside, or None; wrappers take it to pieces.
       scale: the scale convention.
       axis_name: mesh axes over which Gramians are summed, or None.
+      skips_nonfinite: whether it leaves broken tasks out (`skip_nonfinite_tasks`).
     """
 
-    num_tasks: int | None
-    weighting: Weighting | None
-    scale: Scale
-    axis_name: Any
+    num_tasks: int | None = None
+    weighting: Weighting | None = None
+    scale: Scale = "paper"
+    axis_name: Any = None
+    skips_nonfinite: bool = False
 
     def __new__(
         cls,
@@ -64,12 +72,15 @@ class Combiner(optax.GradientTransformationExtraArgs):
         weighting: Weighting | None = None,
         scale: Scale = "paper",
         axis_name: Any = None,
+        *,
+        skips_nonfinite: bool = False,
     ) -> "Combiner":
         self = super().__new__(cls, init, update)
         self.num_tasks = num_tasks
         self.weighting = weighting
         self.scale = scale
         self.axis_name = axis_name
+        self.skips_nonfinite = skips_nonfinite
         return self
 
 
@@ -139,7 +150,10 @@ def from_weighting(
       a `Combiner`. Its ``update(task_grads, state, params=None, *, losses=None,
       task_mask=None, **extra)`` takes stacked or lazy task gradients, ``losses`` as
       ``[T]`` or in the form `loss_fn` returned them (a lazy tree knows its own), and
-      ``task_mask [T]``: an absent task (False) counts as not existing, NaN included.
+      ``task_mask [T]``: an absent task (False) counts as not existing, whatever its
+      row holds. (A loss that is itself NaN, as a mean over no labels is, can reach the
+      other rows through the network they share, before any combiner: guard it with
+      `jnp.where`, or wrap the combiner in `skip_nonfinite_tasks`.)
 
     Raises:
       ValueError, TypeError: at trace time, for a wrong number of tasks, gradients that
@@ -162,6 +176,9 @@ def from_weighting(
     """
     check_num_tasks(num_tasks)
     check_choice("scale", scale, get_args(Scale))
+    unknown = weighting.needs - {"gramian", "gramian_in_basis", "losses", "key"}
+    if unknown:
+        raise ValueError(f"Weighting.needs names unknown inputs: {sorted(unknown)}.")
     sees_gramian = bool(weighting.needs & {"gramian", "gramian_in_basis"})
 
     def init(params: Params) -> CombinerState:
@@ -195,12 +212,21 @@ def from_weighting(
                 f"({num_tasks},), or pass the lazy tree of task_jacobian, which "
                 "knows them."
             )
+        if "key" in weighting.needs and extra.get("key") is None:
+            raise TypeError(
+                "this combiner is random: call tx.update(..., key=key) with a fresh "
+                "jax.random.key at every step."
+            )
         if known is not None:
-            known = jnp.where(mask, known.astype(dtype), jnp.ones((), dtype))
+            known = lax.stop_gradient(known.astype(dtype))
+            known = jnp.where(mask, known, jnp.ones((), dtype))
+
+        # Weights are constants to whoever differentiates through an update.
+        seen = constant(task_grads)
 
         def gramian_in_basis(basis: Array | None) -> Array:
             return gramian(
-                task_grads, basis=basis, task_mask=given_mask, axis_name=axis_name
+                seen, basis=basis, task_mask=given_mask, axis_name=axis_name
             ).astype(dtype)
 
         gram = None
@@ -236,7 +262,11 @@ def from_weighting(
 
 
 def from_aggregator(
-    aggregator: Aggregator, num_tasks: int, *, scale: Scale = "paper"
+    aggregator: Aggregator,
+    num_tasks: int,
+    *,
+    scale: Scale = "paper",
+    axis_name: Any = None,
 ) -> Combiner:
     r"""Makes an optax transform from a method that looks at whole task gradients.
 
@@ -251,6 +281,8 @@ def from_aggregator(
       num_tasks: T, static.
       scale: ``"paper"`` or ``"norm"`` (as long as the plain mean gradient); there are
         no weights for the other two.
+      axis_name: inside `jax.shard_map` with sharded parameters, the mesh axes over
+        which ``scale="norm"`` sums lengths.
 
     Returns:
       a `Combiner`, used as that of `from_weighting`.
@@ -298,23 +330,20 @@ def from_aggregator(
             known = jnp.where(mask, known, jnp.ones((), known.dtype))
         rows = materialize(task_grads)
         if given_mask is not None:
-            rows = jax.tree.map(
-                lambda g: jnp.where(
-                    mask.reshape((-1,) + (1,) * (g.ndim - 1)), g, jnp.zeros((), g.dtype)
-                ),
-                rows,
-            )
+            rows = jax.tree.map(lambda g: present_rows(g, mask), rows)
         updates, inner = aggregator.update(
             rows, state.aggregator, params, losses=known, task_mask=mask, **extra
         )
+        _check_updates(updates, rows)
+        _check_state("aggregator", state.aggregator, inner)
         if scale == "norm":
-            _, updates = _to_mean_length(updates, rows, mask, given_mask)
+            _, updates = _to_mean_length(updates, rows, mask, given_mask, axis_name)
         return updates, AggregatorState(inner)
 
-    return Combiner(init, update, num_tasks, None, scale, None)
+    return Combiner(init, update, num_tasks, None, scale, axis_name)
 
 
-def sum_tasks() -> Combiner:
+def sum_tasks(num_tasks: int | None = None) -> Combiner:
     r"""The plain sum of task gradients, for heads and as the baseline to beat.
 
     .. math:: u = \sum_t g_t
@@ -322,6 +351,9 @@ def sum_tasks() -> Combiner:
     It is what training on the sum of the losses does. Use it for the leaves that a
     combiner should not touch: ``optax.partition({"shared": tx, "heads":
     mtl.sum_tasks()}, labels)``; `shared_only` does so for you. It carries no state.
+
+    Args:
+      num_tasks: T, checked when given; by default the length of the leading axis.
 
     Returns:
       a `Combiner`; ``task_mask`` leaves absent tasks out.
@@ -348,26 +380,34 @@ def sum_tasks() -> Combiner:
     ) -> tuple[Updates, optax.EmptyState]:
         del extra
         leaves = jax.tree.leaves(task_grads)
-        num_tasks = leaves[0].shape[0] if leaves and jnp.shape(leaves[0]) else 0
-        check_task_axis(task_grads, num_tasks, params)
-        mask = read_task_mask(task_mask, num_tasks)
-        ones = jnp.ones((num_tasks,), jnp.float32)
+        tasks = num_tasks
+        if tasks is None:
+            # A leaf without any axis has no tasks; the check below says so.
+            tasks = leaves[0].shape[0] if leaves and leaves[0].shape else 1
+        check_task_axis(task_grads, tasks, params)
+        mask = read_task_mask(task_mask, tasks)
+        ones = jnp.ones((tasks,), jnp.float32)
         return weighted_sum(ones, task_grads, task_mask=mask), state
 
-    return Combiner(init, update)
+    if num_tasks is not None:
+        check_num_tasks(num_tasks)
+    return Combiner(init, update, num_tasks)
 
 
 def read_task_mask(task_mask: Any, num_tasks: int) -> TaskMask | None:
     """The task mask as ``[T]`` bools, or None when none was given."""
     if task_mask is None:
         return None
-    mask = jnp.asarray(task_mask)
-    if mask.shape != (num_tasks,) or mask.dtype != jnp.bool_:
+    if not hasattr(task_mask, "ndim"):  # by task, in pytree order, as losses may be
+        leaves = jax.tree.leaves(task_mask)
+        traced = any(isinstance(leaf, jax.Array) for leaf in leaves)
+        task_mask = jnp.stack(leaves) if traced else np.array(leaves)
+    if task_mask.shape != (num_tasks,) or task_mask.dtype != jnp.bool_:
         raise ValueError(
             f"task_mask: expected bools of shape ({num_tasks},), True where the task "
-            f"is present, got {mask.dtype} of shape {mask.shape}."
+            f"is present, got {task_mask.dtype} of shape {task_mask.shape}."
         )
-    return mask
+    return jnp.asarray(task_mask)
 
 
 def read_losses(
@@ -378,6 +418,14 @@ def read_losses(
         losses = lazy_losses(task_grads)
         if losses is None:
             return None
+    names = lazy_task_names(task_grads)
+    if isinstance(losses, Mapping) and names is not None:
+        given = tuple(one_level(losses)[0])
+        if given != names and set(names) != {str(t) for t in range(num_tasks)}:
+            raise ValueError(
+                f"losses: the task gradients belong to the tasks {names}, the losses "
+                f"given to {given}."
+            )
     if not hasattr(losses, "ndim"):
         scalars = [jnp.asarray(x) for x in jax.tree.leaves(losses)]
         if not scalars or any(x.ndim for x in scalars):
@@ -393,6 +441,8 @@ def read_losses(
             f"losses: expected shape ({num_tasks},), one loss a task, got "
             f"{losses.shape}."
         )
+    if not jnp.issubdtype(losses.dtype, jnp.number) or jnp.iscomplexobj(losses):
+        raise TypeError(f"losses: expected real numbers, got dtype {losses.dtype}.")
     return losses
 
 
@@ -440,13 +490,27 @@ def _check_contract(
             f"the weighting returned weights of shape {weights.shape}, expected "
             f"({num_tasks},), one a task."
         )
+    _check_state("weighting", before, after)
+
+
+def _check_state(what: str, before: State, after: State) -> None:
     try:
         chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     except AssertionError as error:
         raise ValueError(
-            "the weighting's state must keep its structure, shapes and dtypes from "
-            f"init on: {error}"
+            f"the {what}'s state must keep its structure, shapes and dtypes from init "
+            f"on: {error}"
         ) from error
+
+
+def _check_updates(updates: Updates, rows: TaskGradients) -> None:
+    """An aggregator's updates have the parameters' shapes."""
+    wanted = jax.tree.map(lambda g: g.shape[1:], rows)
+    found = jax.tree.map(jnp.shape, updates)
+    if found != wanted:
+        raise ValueError(
+            f"the aggregator returned updates of shapes {found}, expected {wanted}."
+        )
 
 
 def _to_sum(weights: Weights, mask: TaskMask, scale: Scale) -> Array:
@@ -464,7 +528,7 @@ def _to_mean_length(
     axis_name: Any = None,
 ) -> tuple[Array, Updates]:
     """Rescales `updates` to the length of the mean gradient of present tasks."""
-    present = mask.astype(jnp.float32)
+    present = mask.astype(float)  # float64 where that is enabled
     mean = weighted_sum(
         present / jnp.maximum(jnp.sum(present), 1.0), task_grads, task_mask=given_mask
     )

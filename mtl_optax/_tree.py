@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from mtl_optax._types import (
@@ -34,8 +34,9 @@ _BLOCK = 4096
 _REFUSAL = (
     "is a lazy task gradient: it lives inside one trace and only a combiner of "
     "mtl_optax can use it. Put the combiner before anything that computes with "
-    "gradients (clip, scale, adam, ...), call `tx.update` in the same jit-compiled "
-    "function as `task_jacobian`, and return `updates`, not the task gradients; "
+    "gradients (clip, adam) or wraps them (MultiSteps, apply_if_finite; for masked use "
+    "mtl_optax.shared_only), call `tx.update` in the same jit-compiled function as "
+    "`task_jacobian`, and return `updates`, not the task gradients; "
     "`mtl_optax.materialize(task_grads)` turns the tree into arrays of shape "
     "[T, *param.shape] that may cross a `jit` boundary."
 )
@@ -139,7 +140,48 @@ def same_structure(a: Any, b: Any) -> bool:
 
 
 def lazy_tree(operator: TaskJacobian, params: PyTree[Any]) -> TaskGradients:
-    """The lazy tree of `operator`, shaped like `params`."""
+    """Makes lazy task gradients from an engine of your own.
+
+    Every function and combiner of this package takes the tree; they ask the operator
+    for a Gramian, a combination or rows, restricted to the leaves that reached them.
+
+    Args:
+      operator: anything with the members of `mtl_optax.TaskJacobian`.
+      params: the parameters, whose tree and shapes the result takes.
+
+    Returns:
+      a tree like `params` with lazy leaves.
+
+    Raises:
+      TypeError: if the operator lacks a member of the protocol.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> class Diagonal:  # two tasks, each the owner of one entry of one leaf
+      ...     num_tasks, task_names, isolates = 2, ("a", "b"), True
+      ...     losses = jnp.zeros(2)
+      ...     rows = jnp.array([[2.0, 0.0], [0.0, 3.0]])
+      ...     def restrict(self, leaves):
+      ...         return self
+      ...     def gramian(self, basis=None, task_mask=None):
+      ...         rows = self.rows if basis is None else basis @ self.rows
+      ...         return rows @ rows.T
+      ...     def combine(self, weights):
+      ...         return [weights @ self.rows]
+      ...     def stack(self, *, isolated=False):
+      ...         return [self.rows]
+      >>> task_grads = mtl.lazy_tree(Diagonal(), {"w": jnp.zeros(2)})
+      >>> tx = mtl.edm(num_tasks=2)
+      >>> tx.update(task_grads, tx.init({"w": jnp.zeros(2)}))[0]["w"]
+      Array([1.2, 1.2], dtype=float32)
+    """
+    if not isinstance(operator, TaskJacobian):
+        raise TypeError(
+            f"lazy_tree: {type(operator).__name__} lacks members of "
+            "mtl_optax.TaskJacobian (num_tasks, losses, task_names, isolates, gramian, "
+            "combine, stack, restrict)."
+        )
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     lazy = [
         LazyTaskGradient(
@@ -163,6 +205,22 @@ def isolates(task_grads: TaskGradients) -> bool:
     )
 
 
+def constant(task_grads: TaskGradients) -> TaskGradients:
+    """The same rows, as constants to differentiation; lazy leaves stay as they are."""
+    return jax.tree.map(
+        lambda g: g if isinstance(g, LazyTaskGradient) else lax.stop_gradient(g),
+        task_grads,
+    )
+
+
+def lazy_task_names(task_grads: TaskGradients) -> tuple[str, ...] | None:
+    """The tasks' names that a lazy tree knows, else None."""
+    for leaf in jax.tree.leaves(task_grads):
+        if isinstance(leaf, LazyTaskGradient):
+            return leaf.operator.task_names
+    return None
+
+
 def lazy_losses(task_grads: TaskGradients) -> Array | None:
     """The losses that a lazy tree knows, else None."""
     for leaf in jax.tree.leaves(task_grads):
@@ -178,11 +236,12 @@ def state_dtype(params: PyTree[Any]) -> DType:
     are passed over.
     """
     dtypes = [
-        leaf.dtype
+        jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))
         for leaf in jax.tree.leaves(params)
-        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if hasattr(leaf, "dtype") or isinstance(leaf, float)
     ]
-    return jnp.result_type(jnp.float32, *dtypes)
+    floating = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return jnp.result_type(jnp.float32, *floating)
 
 
 def check_task_axis(
@@ -224,7 +283,8 @@ def check_task_axis(
         if param is not None and tuple(shape) == tuple(jnp.shape(param)):
             hint = (
                 "It has the shape of the parameter itself, so the gradients are "
-                "already reduced over tasks (the gradient of a summed loss?). "
+                "already reduced over tasks (the gradient of a summed loss, or a "
+                "combiner earlier in the chain?). "
             )
         elif param is not None and tuple(shape[1:]) == tuple(jnp.shape(param)):
             hint = f"It holds {shape[0]} tasks. "
@@ -244,10 +304,10 @@ def _accumulator(*arrays: Array) -> DType:
 
 def _explicit_mesh(x: Array) -> Any | None:
     mesh = jax.typeof(x).sharding.mesh
-    return None if mesh.empty or not mesh.are_all_axes_explicit else mesh
+    return mesh if AxisType.Explicit in mesh.axis_types else None
 
 
-def _present_rows(x: Array, task_mask: TaskMask | None) -> Array:
+def present_rows(x: Array, task_mask: TaskMask | None) -> Array:
     """Rows of absent tasks become zeros, whatever stood in them."""
     if task_mask is None:
         return x
@@ -299,7 +359,7 @@ def _stacked_gramian(
     blocked = jax.default_backend() == "cpu" and jax.device_count() == 1
     one = _leaf_gramian_blocked if blocked else _leaf_gramian
     dtype = _accumulator(*leaves)
-    grams = [one(_present_rows(x, task_mask), basis).astype(dtype) for x in leaves]
+    grams = [one(present_rows(x, task_mask), basis).astype(dtype) for x in leaves]
     total = grams[0]
     for gram in grams[1:]:
         total = total + gram
@@ -343,7 +403,9 @@ def gramian(
 
     Args:
       task_grads: stacked arrays ``[T, *param.shape]``, or the lazy tree of
-        `task_jacobian`; the lazy one never stores the Jacobian.
+        `task_jacobian`, which takes one row at a time (see its `mode`) and stores rows
+        only where they are few and short, or where the losses hold a `custom_vjp` or
+        arithmetic in less than 32 bits.
       basis: ``[K, T]``; the Gramian of ``basis @ J``. The combinations are formed
         *before* the inner products, so that a difference of nearly equal gradients
         is not lost to cancellation.
@@ -356,7 +418,9 @@ def gramian(
 
     Returns:
       ``[T, T]`` (``[K, K]`` with a basis), float32 or float64, or a dict of these by
-      label. In float32, norms must lie between about 1e-19 and 1e19.
+      label. In float32, norms must lie between about 1e-17 and 3e18: their squares
+      vanish below (such a task then counts as one with a zero gradient) and overflow
+      above (weights from such a Gramian are NaN).
 
     Example:
       >>> import jax.numpy as jnp
@@ -463,7 +527,7 @@ def weighted_sum(
         for position, array in zip(at, combined, strict=True):
             out[position] = array
     for position in stacked:
-        rows = _present_rows(jnp.asarray(leaves[position]), task_mask)
+        rows = present_rows(jnp.asarray(leaves[position]), task_mask)
         out[position] = _leaf_weighted_sum(weights, rows)
     return jax.tree.unflatten(treedef, out)
 

@@ -1,10 +1,12 @@
 """Transforms around combiners: shared parameters only, and broken tasks left out."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Int, PyTree
@@ -47,7 +49,10 @@ def shared_only(tx: optax.GradientTransformation, mask: Mask) -> Combiner:
     the mask. Everything marked shared is one vector: one Gramian, one history.
 
     Args:
-      tx: a combiner, or a chain that starts with one.
+      tx: a combiner. Put the optimiser after, as in ``chain(shared_only(combiner,
+        mask), adam(1e-3))``: inside, it would not see the other leaves. To schedule a
+        hyper-parameter, put the injection outside too: ``inject_hyperparams(lambda
+        alpha: shared_only(task_tensioner(2, alpha), mask))(alpha=schedule)``.
       mask: a tree of bools like the parameters (or a prefix of it), True where shared;
         or a function of the parameters that returns one.
 
@@ -55,7 +60,12 @@ def shared_only(tx: optax.GradientTransformation, mask: Mask) -> Combiner:
       a `Combiner`.
 
     Raises:
-      ValueError: when the mask marks no leaf.
+      TypeError: when the mask holds anything but bools.
+      ValueError: when the mask marks no leaf, or around `skip_nonfinite_tasks`, which
+        belongs outside (the sum for the heads would not be protected).
+
+    Warns:
+      UserWarning: when `tx` is not a combiner by itself.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,23 +77,58 @@ def shared_only(tx: optax.GradientTransformation, mask: Mask) -> Combiner:
       >>> updates["trunk"], updates["head"]
       (Array([0.6666667, 0.6666667], dtype=float32), Array([2.], dtype=float32))
     """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"shared_only(tx, mask): tx must be an optax transform, got {tx!r}."
+        )
+    if not isinstance(tx, Combiner):
+        warnings.warn(
+            "shared_only: tx is not a combiner by itself. Whatever else it holds (an "
+            "optimiser, a clip) acts on the shared leaves alone, while the others get "
+            "the raw sum of their gradients: put it after, as in "
+            "chain(shared_only(combiner, mask), adam(1e-3)).",
+            UserWarning,
+            stacklevel=2,
+        )
+    elif tx.skips_nonfinite:
+        raise ValueError(
+            "shared_only around skip_nonfinite_tasks leaves the other leaves "
+            "unprotected: write skip_nonfinite_tasks(shared_only(combiner, mask))."
+        )
     inner = optax.with_extra_args_support(tx)
-    heads = sum_tasks()
+    heads = sum_tasks(getattr(tx, "num_tasks", None))
 
     def marks_of(tree: PyTree[Any]) -> list[bool]:
         marks = mask(tree) if callable(mask) else mask
-        # A prefix is spread over the leaves below it.
-        spread = jax.tree.map(
-            lambda m, sub: jax.tree.map(lambda _: m, sub), marks, tree
-        )
-        flags = [bool(m) for m in jax.tree.leaves(spread)]
+        flags = jax.tree.leaves(marks)
+        for flag in flags:
+            if not isinstance(flag, bool | np.bool_ | jax.Array | np.ndarray) or (
+                jnp.shape(flag) != () or jnp.result_type(flag) != jnp.bool_
+            ):
+                raise TypeError(
+                    "shared_only: the mask must hold bools, True where a leaf is "
+                    f"shared, got {flag!r}."
+                )
+        # Leaf by leaf: Flax's optimiser takes the `Param`s off the tree it updates, but
+        # not off the one that it starts from, where the mask may come from.
+        if len(flags) != len(jax.tree.leaves(tree)):
+            try:  # a prefix is spread over the leaves below it
+                spread = jax.tree.map(
+                    lambda m, sub: jax.tree.map(lambda _: m, sub), marks, tree
+                )
+            except ValueError as error:
+                raise ValueError(
+                    "shared_only: the mask must be a tree of bools like the "
+                    f"parameters, or a prefix of it: {error}"
+                ) from error
+            flags = jax.tree.leaves(spread)
         if flags and not any(flags):
             raise ValueError(
                 "shared_only: the mask marks no leaf as shared, so there is nothing "
                 "to combine. Use mtl_optax.sum_tasks() alone, or check the mask "
                 "(mtl_optax.shared_mask finds it)."
             )
-        return flags
+        return [bool(flag) for flag in flags]
 
     def part(tree: PyTree[Any], marks: list[bool], wanted: bool) -> PyTree[Any]:
         leaves, treedef = jax.tree.flatten(tree)
@@ -179,7 +224,7 @@ def skip_nonfinite_tasks(
     whole chain to hold it still.
 
     Args:
-      tx: a combiner, or a chain that starts with one.
+      tx: a combiner, or a chain that starts with one; `shared_only` goes inside.
       num_tasks: T; needed when `tx` is not itself a combiner of this package.
 
     Returns:
@@ -260,7 +305,7 @@ def skip_nonfinite_tasks(
         )
         return updates, SkipNonfiniteState(inner, info)
 
-    return Combiner(init, update, tasks)
+    return Combiner(init, update, tasks, skips_nonfinite=True)
 
 
 def _stays_finite(before: State, after: State) -> Array:

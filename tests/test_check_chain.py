@@ -142,6 +142,7 @@ def test_sam_after_the_combiner():
     # its losses along) and an update without `losses=`.
     inner = optax.contrib.sam(optax.sgd(1e-3), optax.sgd(1e-2), sync_period=2)
     tx = optax.chain(mtl.mean(T), inner)
+    mtl.check_chain(tx, PARAMS, T)
     updates, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     tx.update(GRADS, state, PARAMS)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, PARAMS)

@@ -202,6 +202,7 @@ def test_the_whole_demo_in_small(capsys, tmp_path):
     _assert_worth_looking_at(out)
 
 
+@pytest.mark.slow
 def test_three_tasks_have_plots_too(found, tmp_path):
     assert [file.name for file in plots.save_plots(found, tmp_path)] == PLOTS
     _assert_worth_looking_at(tmp_path)

@@ -298,8 +298,8 @@ WRAPPED = [
     around("shared_only", lambda tx: mtl.shared_only(tx, lambda params: True)),
     around("skip_nonfinite_tasks", mtl.skip_nonfinite_tasks),
     around(
-        "skip_nonfinite_tasks in shared_only",
-        lambda tx: mtl.shared_only(mtl.skip_nonfinite_tasks(tx), lambda params: True),
+        "shared_only in skip_nonfinite_tasks",
+        lambda tx: mtl.skip_nonfinite_tasks(mtl.shared_only(tx, lambda params: True)),
     ),
 ]
 VARIANTS = [variant for method in METHODS for variant in laws.variants(method)]

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+import mtl_optax as mtl
+
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -26,6 +28,13 @@ def test_the_methods_table_is_the_registrys(capsys):
     )
     assert table is not None
     assert table.group(1).strip() == written
+
+
+def test_the_cost_table_has_every_method():
+    costs = README.split("## What it costs")[1].split("\n## ")[0]
+    for name in mtl.METHODS:
+        assert f"| {name}, lazy |" in costs
+        assert f"| {name}, stacked |" in costs
 
 
 @pytest.mark.parametrize("extra", ["examples", "test"])

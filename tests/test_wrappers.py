@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import mtl_optax as mtl
 
@@ -148,11 +149,70 @@ def test_a_mask_that_marks_nothing_is_refused(mask):
 
 @FORMS
 def test_shared_only_around_a_chain(form):
-    tx = mtl.shared_only(optax.chain(by_norm(2), optax.scale(-2.0)), MASK)
+    with pytest.warns(UserWarning, match=r"put it after, as in chain\(shared_only"):
+        tx = mtl.shared_only(optax.chain(by_norm(2), optax.scale(-2.0)), MASK)
     ours, _ = update(tx, form)
     plain, _ = update(mtl.shared_only(by_norm(2), MASK), form)
     assert_trees_close(ours["trunk"], jax.tree.map(lambda u: -2 * u, plain["trunk"]))
     assert_trees_equal(ours["a"], plain["a"])
+
+
+@pytest.mark.parametrize(
+    ("tx", "mask", "error", "words"),
+    [
+        (mtl.mean(2), {"trunk": "shared", "a": "head"}, TypeError, "bools.*'head'"),
+        (mtl.mean(2), {"trunk": 1, "a": 0}, TypeError, "must hold bools"),
+        (mtl.mean(2), {"trunk": True, "wrong": False}, ValueError, "like the param"),
+        (MASK, mtl.mean(2), TypeError, "must be an optax transform"),
+        (
+            mtl.skip_nonfinite_tasks(mtl.mean(2)),
+            MASK,
+            ValueError,
+            r"write skip_nonfinite_tasks\(shared_only\(combiner, mask\)\)",
+        ),
+    ],
+)
+def test_shared_only_refuses_in_words(tx, mask, error, words):
+    with pytest.raises(error, match=words):
+        mtl.shared_only(tx, mask).init(PARAMS)
+
+
+def test_a_mask_of_an_nnx_state_serves_its_optimizer():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.trunk = nnx.Linear(2, 3, rngs=rngs)
+            self.heads = nnx.Dict(
+                {name: nnx.Linear(3, 1, rngs=rngs) for name in ("a", "b")}
+            )
+
+    model = Net(nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+
+    def losses(params, x):
+        net = nnx.merge(graph, params, copy=True)
+        h = jnp.tanh(net.trunk(x))
+        return {name: jnp.mean((head(h) - 1) ** 2) for name, head in net.heads.items()}
+
+    x = jnp.arange(8.0).reshape(4, 2) / 8
+    mask = mtl.shared_mask(losses, params, x)
+    tx = optax.chain(mtl.shared_only(mtl.edm(2), mask), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        values, task_grads = mtl.task_jacobian(losses)(nnx.state(model, nnx.Param), x)
+        optimizer.update(model, task_grads, losses=values)
+        return values
+
+    plain = jax.grad(lambda p: sum(losses(p, x).values()))(params)
+    params = jax.tree.map(jnp.array, params)  # the model shares its arrays' holders
+    step(model, optimizer, x)
+    moved = nnx.state(model, nnx.Param)
+    for name in ("a", "b"):  # a head takes a plain gradient step
+        for leaf in ("kernel", "bias"):
+            old, grad = (tree["heads"][name][leaf][...] for tree in (params, plain))
+            new = moved["heads"][name][leaf][...]
+            np.testing.assert_allclose(new, old - 0.1 * grad, rtol=1e-5, atol=1e-7)
 
 
 def test_shared_only_without_params():

@@ -46,7 +46,7 @@ def scale_back(unit: Array, grads: Sequence[Array]) -> list[Array]:
     ]
 
 
-def split_unit(weights: Weights, dtype: Any) -> tuple[Array, Array]:
+def split_unit(weights: Weights, losses: Losses) -> tuple[Array, Array]:
     """Largest magnitude of the weights, and the weights relative to it.
 
     A float16 cotangent far from 1 would overflow or vanish on its way back, so what
@@ -54,7 +54,15 @@ def split_unit(weights: Weights, dtype: Any) -> tuple[Array, Array]:
     """
     largest = jnp.max(jnp.abs(weights))
     unit = jnp.where(largest > 0, largest, jnp.ones((), weights.dtype))
-    return unit, (weights / unit).astype(dtype)
+    return unit, like_losses(weights / unit, losses)
+
+
+def like_losses(array: Array, losses: Losses) -> Array:
+    """The array in the losses' dtype, and varying over the mesh axes they vary over.
+
+    Inside `jax.shard_map` a cotangent must vary as its output does.
+    """
+    return array.astype(losses.dtype) + jnp.zeros_like(losses)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +100,7 @@ class JointJacobian:
         return dataclasses.replace(self, leaves=tuple(leaves))
 
     def combine(self, weights: Weights) -> list[Array]:
-        unit, cotangent = split_unit(weights, self.losses.dtype)
+        unit, cotangent = split_unit(weights, self.losses)
         return scale_back(unit, self._pick(self.pullback(cotangent)))
 
     def stack(self, *, isolated: bool = False) -> list[Array]:
@@ -103,7 +111,7 @@ class JointJacobian:
                 for t in range(self.num_tasks)
             ]
             return [jnp.stack(leaf) for leaf in zip(*rows, strict=True)]
-        basis = jnp.eye(self.num_tasks, dtype=self.losses.dtype)
+        basis = like_losses(jnp.eye(self.num_tasks), self.losses)
         mode = self._mode("vmap")
         return map_rows(lambda e: self._pick(self.pullback(e)), basis, mode)
 
@@ -137,9 +145,8 @@ class JointJacobian:
 
         chosen = [flat[index] for index in self.leaves]
         dtype = self.losses.dtype
-        combine = jnp.eye(self.num_tasks, dtype=dtype)
-        if basis is not None:
-            combine = basis.astype(dtype)
+        combine = jnp.eye(self.num_tasks) if basis is None else basis
+        combine = like_losses(combine, self.losses)
         if task_mask is not None:
             combine = jnp.where(task_mask, combine, jnp.zeros((), dtype))
         # Traced anew at full precision: on accelerators the losses' own products may
@@ -201,7 +208,7 @@ class SeparateJacobian:
         return dataclasses.replace(self, leaves=tuple(leaves))
 
     def combine(self, weights: Weights) -> list[Array]:
-        unit, cotangent = split_unit(weights, self.losses.dtype)
+        unit, cotangent = split_unit(weights, self.losses)
         return scale_back(unit, self._pick(self.pullback(cotangent)))
 
     def stack(self, *, isolated: bool = False) -> list[Array]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from mtl_optax._tree import isolates, materialize
-from mtl_optax.jacobian._task_jacobian import task_jacobian
+from mtl_optax.jacobian._task_jacobian import check_params, task_jacobian
 
 
 def shared_mask(
@@ -64,6 +64,7 @@ def shared_mask(
             "shared_mask needs concrete arrays: call it once before training, outside "
             "jax.jit, and close over the mask."
         )
+    check_params(params)
     key = jax.random.key(0) if key is None else key
     leaves, treedef = jax.tree.flatten(params)
 

@@ -10,6 +10,7 @@ length and u_t = g_t / n_t the direction of a task gradient:
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -94,13 +95,19 @@ def central_direction(
     # A loop of zero or one turns: a `cond` would copy the stacked gradients into its
     # branch, doubling the memory of the step.
     turns = (near & (count > 1)).astype(jnp.int32)
-    extended = lax.fori_loop(0, turns, anew, _quadratic(basis, cosines))
+    extended = _quadratic(basis, cosines)
+    if isinstance(turns, jax.core.Tracer):
+        extended = lax.fori_loop(0, turns, anew, extended)
+    elif turns:  # not traced: a loop would compile anew at every call
+        extended = anew(turns - 1, extended)
 
     spread = extended[1:, 1:]
     solution, solved = simplex_qp(spread, -jnp.diag(spread) / 2, task_mask=active)
     raw = solution * inverse
     total = jnp.sum(raw)
     weights = jnp.where(total > 0, raw / jnp.where(total > 0, total, one), zero)
+    # A norm that overflowed has an inverse of zero and would drop out unseen.
+    weights = jnp.where(jnp.all(jnp.isfinite(norms)), weights, jnp.nan)
 
     largest = jnp.max(norms)
     relative = norms / jnp.where(largest > 0, largest, one)

@@ -164,15 +164,19 @@ def _active_set(
             done=settled | (iterations >= 4 * size + 32),
         )
 
+    # Inside `jax.shard_map` what a loop carries must vary as the problem does, so all
+    # of it is made from the problem.
+    blank = jnp.zeros_like(matrix[0])
+    none = jnp.zeros_like(blank[0], count)
     state = _State(
-        y=start,
-        face=present,
-        refused=jnp.zeros(size, bool),
-        many=jnp.ones((), bool),
-        damping=jnp.full((), 4, dtype),
-        polished=jnp.zeros((), count),
-        iterations=jnp.zeros((), count),
-        done=~jnp.any(present),
+        y=start + blank,
+        face=present | (blank > 0),
+        refused=blank > 0,
+        many=none == 0,
+        damping=jnp.full_like(blank[0], 4),
+        polished=none,
+        iterations=none,
+        done=~jnp.any(present) | (none > 0),
     )
     state = lax.while_loop(lambda state: ~state.done, advance, state)
     return state.y, state.iterations

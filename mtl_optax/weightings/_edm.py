@@ -51,9 +51,10 @@ def edm(num_tasks: int, *, scale: Scale = "paper", axis_name: Any = None) -> Com
       axis_name: see `from_weighting`.
 
     Returns:
-      a `Combiner`. Losses are not needed. A task whose gradient is exactly zero counts
-      as absent for that step. Parallel gradients give the mean of theirs (harmonic in
-      length), exactly opposite ones zero.
+      a `Combiner`. Losses are not needed. A task whose gradient is exactly zero (in
+      float32: shorter than about 1e-17) counts as absent for that step. Parallel
+      gradients give the mean of theirs (harmonic in length), exactly opposite ones
+      zero.
 
     Example:
       >>> import jax.numpy as jnp

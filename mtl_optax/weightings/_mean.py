@@ -51,7 +51,7 @@ def mean(num_tasks: int, *, scale: Scale = "paper") -> Combiner:
         gramian: None, state: tuple[()], *, task_mask: TaskMask, **extra: Any
     ) -> tuple[Weights, tuple[()]]:
         del gramian, extra
-        present = task_mask.astype(jnp.float32)
+        present = task_mask.astype(float)  # float64 where that is enabled
         return present / jnp.maximum(jnp.sum(present), 1.0), state
 
     return from_weighting(Weighting(init, update, frozenset()), num_tasks, scale=scale)

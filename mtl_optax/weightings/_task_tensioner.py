@@ -131,8 +131,9 @@ def task_tensioner(
 
     Args:
       num_tasks: T.
-      alpha: sensitivity of the tension, in [0, 1]; 0 gives every task the same tension
-        (for two tasks: exactly `edm`). Default: the authors' code.
+      alpha: sensitivity of the tension, meant to be in [0, 1]; 0 gives every task the
+        same tension (for two tasks: exactly `edm`). Above 1 the factor is cut off at 0,
+        as in the authors' code. Default: the authors' code.
       window: length of the history, in steps. Default: the authors' code.
       tension: ``"absolute"`` (published) or ``"relative"``.
       scale: see `from_weighting`. The weights sum to 1, and may be negative.
@@ -154,8 +155,8 @@ def task_tensioner(
       >>> state = tx.init({"w": jnp.zeros(2)})
       >>> for _ in range(11):
       ...     updates, state = tx.update(g, state, losses=jnp.array([10.0, 1.0]))
-      >>> updates["w"].round(4)  # d = (0.5, 1.5) for ten steps, then with tension
-      Array([0.5929, 1.5929], dtype=float32)
+      >>> [f"{x:.4f}" for x in updates["w"]]  # d = (0.5, 1.5) for the first ten steps
+      ['0.5929', '1.5929']
 
     References:
       Nakamura, Grassi & Wolf, `Leveraging convergence behavior to balance conflicting

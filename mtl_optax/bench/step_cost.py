@@ -61,7 +61,7 @@ def measure(
     width: int = 512,
     depth: int = 8,
     batch: int = 256,
-    repeats: int = 5,
+    repeats: int = 20,
     methods: Sequence[str] | None = None,
 ) -> list[Cost]:
     """Times every method, lazy and stacked, beside plain training.

@@ -290,9 +290,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _notes(arguments: argparse.Namespace) -> list[str]:
     notes = [
         f"± is the 95 % t interval of the mean over {arguments.seeds} seeds.",
-        "Delta_m: mean over tasks of the change against the single-task mean; positive "
-        "is better.",
-        "worst task: the same, of the task that lost most.  mean rank: 1 is best.",
+        "Delta_m: mean over tasks of the change against the single-task mean (taken as "
+        "exact); positive is better.",
+        "worst task: the same, of the task that lost most, seed by seed.",
+        "mean rank: 1 is best, among the methods shown.",
         "conflicts: share of steps in which task gradients on the encoder point "
         "against each other.",
     ]

@@ -12,9 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from mtl_optax._registry import METHODS
-from mtl_optax._transform import Combiner
-from mtl_optax._wrappers import shared_only
+from mtl_optax import METHODS, Combiner, mean, shared_only
 from mtl_optax.examples.digits import Pairs, draw_pairs, load_sources
 from mtl_optax.examples.models import (
     LossFn,
@@ -24,7 +22,6 @@ from mtl_optax.examples.models import (
 )
 from mtl_optax.examples.trainer import Record, init_state, make_epoch, train
 from mtl_optax.metrics import delta_m
-from mtl_optax.weightings import mean
 
 BATCH_SIZE = 128
 TRAIN_PAIRS = 4096

@@ -14,8 +14,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from mtl_optax._tree import gramian
-from mtl_optax.jacobian import task_jacobian, value_and_task_grads
+from mtl_optax import gramian, task_jacobian, value_and_task_grads
 
 
 class TrainState(NamedTuple):

@@ -18,16 +18,16 @@ class SolverInfo(NamedTuple):
     """What a solver reports beside its solution.
 
     Attributes:
-        residual: scalar, the relative KKT residual. In the solver's scaled variables
-            (`y >= 0`, `a^T y = 1`, rows of length one; see `simplex_qp`) the reduced
-            costs are `r = R y + p - lam a`, and the residual is
-            `max_t |min(y_t, r_t)| / max(sum_t y_t, 1)`. It is zero exactly at an
-            optimum and counts violations of stationarity, of complementarity and of
-            `r >= 0` alike (the constraints hold by construction); no rescaling of the
-            problem changes it. `lam` is fitted in least squares, on the support or on
-            the support and the tasks that violate `r >= 0`, whichever is better.
-        iterations: int32 scalar, the number of linear systems solved; 0 where a closed
-            form is used.
+      residual: scalar, the relative KKT residual. In the solver's scaled variables
+        (`y >= 0`, `a^T y = 1`, rows of length one; see `simplex_qp`) the reduced
+        costs are `r = R y + p - lam a`, and the residual is
+        `max_t |min(y_t, r_t)| / max(sum_t y_t, 1)`. It is zero exactly at an
+        optimum and counts violations of stationarity, of complementarity and of
+        `r >= 0` alike (the constraints hold by construction); no rescaling of the
+        problem changes it. `lam` is fitted in least squares, on the support or on
+        the support and the tasks that violate `r >= 0`, whichever is better.
+      iterations: int32 scalar, the number of linear systems solved; 0 where a closed
+        form is used.
     """
 
     residual: Scalar
@@ -283,39 +283,39 @@ def simplex_qp(
     It has no derivative: treat the weights as constants (`jax.lax.stop_gradient`).
 
     Args:
-        quadratic: `[T, T]`, `Q`, symmetric and positive semidefinite up to rounding;
-            float32 or float64, which is also the dtype of the computation.
-        linear: `[T]`, `q`.
-        constraint: `[T]`, `a`, positive; ones by default.
-        task_mask: `[T]`, true where a task is present; all by default. An absent
-            task's entries are ignored, whatever they hold, and its weight is zero.
+      quadratic: `[T, T]`, `Q`, symmetric and positive semidefinite up to rounding;
+        float32 or float64, which is also the dtype of the computation.
+      linear: `[T]`, `q`.
+      constraint: `[T]`, `a`, positive; ones by default.
+      task_mask: `[T]`, true where a task is present; all by default. An absent
+        task's entries are ignored, whatever they hold, and its weight is zero.
 
     Returns:
-        `(weights, info)`: weights `[T]`, and a `SolverInfo`. Where the optimum is not
-        unique any optimal point may be returned; exact ties that a closed form or the
-        symmetric start sees are shared evenly. All weights are zero if no task is
-        present, and NaN if a present entry is not finite or an `a_t` not positive.
+      `(weights, info)`: weights `[T]`, and a `SolverInfo`. Where the optimum is not
+      unique any optimal point may be returned; exact ties that a closed form or the
+      symmetric start sees are shared evenly. All weights are zero if no task is
+      present, and NaN if a present entry is not finite or an `a_t` not positive.
 
     Raises:
-        TypeError: at trace time, if `quadratic` is neither float32 nor float64.
-        ValueError: at trace time, if the shapes do not agree.
+      TypeError: at trace time, if `quadratic` is neither float32 nor float64.
+      ValueError: at trace time, if the shapes do not agree.
 
     Example:
-        The centre of the smallest disc around three points of a plane:
+      The centre of the smallest disc around three points of a plane:
 
-        >>> import jax.numpy as jnp
-        >>> from mtl_optax.solvers import simplex_qp
-        >>> points = jnp.array([[0.0, 0.0], [4.0, 0.0], [1.0, 1.0]])
-        >>> gramian = points @ points.T
-        >>> weights, info = simplex_qp(gramian, -jnp.diag(gramian) / 2)
-        >>> print(weights.round(3), (weights @ points).round(3))
-        [0.5 0.5 0. ] [2. 0.]
+      >>> import jax.numpy as jnp
+      >>> from mtl_optax.solvers import simplex_qp
+      >>> points = jnp.array([[0.0, 0.0], [4.0, 0.0], [1.0, 1.0]])
+      >>> gramian = points @ points.T
+      >>> weights, info = simplex_qp(gramian, -jnp.diag(gramian) / 2)
+      >>> print(weights.round(3), (weights @ points).round(3))
+      [0.5 0.5 0. ] [2. 0.]
 
     References:
-        Nocedal and Wright, Numerical Optimization, 2nd ed., 2006, section 16.5
-        (primal active-set methods); Wolfe, Finding the nearest point in a polytope,
-        Mathematical Programming 11, 1976; Gärtner and Schönherr, An efficient, exact,
-        and generic quadratic programming solver for geometric optimization, 2000.
+      Nocedal and Wright, Numerical Optimization, 2nd ed., 2006, section 16.5
+      (primal active-set methods); Wolfe, Finding the nearest point in a polytope,
+      Mathematical Programming 11, 1976; Gärtner and Schönherr, An efficient, exact,
+      and generic quadratic programming solver for geometric optimization, 2000.
     """
     size = quadratic.shape[0] if quadratic.ndim else 0
     expected = {"linear": linear, "constraint": constraint, "task_mask": task_mask}

@@ -190,6 +190,7 @@ def test_too_little_data_is_refused(pairs):
         _run(_tx(mtl.mean(num_tasks=2)), few)
 
 
+@pytest.mark.slow
 def test_a_comparison_has_every_run_and_starts_them_alike():
     found = compare(
         TASKS,

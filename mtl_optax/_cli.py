@@ -293,7 +293,7 @@ def _notes(arguments: argparse.Namespace) -> list[str]:
         "Delta_m: mean over tasks of the change against the single-task mean (taken as "
         "exact); positive is better.",
         "worst task: the same, of the task that lost most, seed by seed.",
-        "mean rank: 1 is best, among the methods shown.",
+        "rank: 1 is best, among the methods shown; its mean is over tasks.",
         "conflicts: share of steps in which task gradients on the encoder point "
         "against each other.",
     ]

@@ -131,6 +131,7 @@ def test_an_unwritable_folder_is_found_before_training(capsys, tmp_path):
         assert f"cannot write to --out {folder}" in _one_line(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_plots_that_cannot_be_saved_are_one_line(capsys, tmp_path, monkeypatch, found):
     monkeypatch.setattr(comparison, "compare", lambda *_, **__: found)
     (tmp_path / "summary.png").mkdir()

@@ -26,6 +26,7 @@ from mtl_optax._tree import (
     norm,
     one_level,
     present_rows,
+    scale_tree,
     state_dtype,
     weighted_sum,
 )
@@ -535,13 +536,7 @@ def _to_mean_length(
     length, target = norm(updates, axis_name), norm(mean, axis_name)
     one = jnp.ones((), length.dtype)
     factor = jnp.where(length > 0, target / jnp.where(length > 0, length, one), one)
-    scaled = jax.tree.map(
-        lambda u: (factor * u.astype(jnp.result_type(factor.dtype, u.dtype))).astype(
-            u.dtype
-        ),
-        updates,
-    )
-    return factor, scaled
+    return factor, scale_tree(factor, updates)
 
 
 def _conflict(gram: Gramian, mask: TaskMask) -> Array:

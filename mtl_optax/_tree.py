@@ -123,9 +123,15 @@ for _name in (
     setattr(LazyTaskGradient, f"__{_name}__", _refuse)
 
 
+def _operators(task_grads: TaskGradients) -> list[TaskJacobian]:
+    """The operators of the lazy leaves, one a leaf."""
+    leaves = jax.tree.leaves(task_grads)
+    return [leaf.operator for leaf in leaves if isinstance(leaf, LazyTaskGradient)]
+
+
 def is_lazy(task_grads: TaskGradients) -> bool:
     """Whether any leaf of the tree is lazy."""
-    return any(isinstance(g, LazyTaskGradient) for g in jax.tree.leaves(task_grads))
+    return bool(_operators(task_grads))
 
 
 def flatten(tree: PyTree[Any]) -> tuple[list[Any], Any]:
@@ -199,11 +205,7 @@ def lazy_tree(operator: TaskJacobian, params: PyTree[Any]) -> TaskGradients:
 
 def isolates(task_grads: TaskGradients) -> bool:
     """Whether `materialize` can keep one task's NaN out of the other rows."""
-    return all(
-        leaf.operator.isolates
-        for leaf in jax.tree.leaves(task_grads)
-        if isinstance(leaf, LazyTaskGradient)
-    )
+    return all(operator.isolates for operator in _operators(task_grads))
 
 
 def constant(task_grads: TaskGradients) -> TaskGradients:
@@ -216,18 +218,14 @@ def constant(task_grads: TaskGradients) -> TaskGradients:
 
 def lazy_task_names(task_grads: TaskGradients) -> tuple[str, ...] | None:
     """The tasks' names that a lazy tree knows, else None."""
-    for leaf in jax.tree.leaves(task_grads):
-        if isinstance(leaf, LazyTaskGradient):
-            return leaf.operator.task_names
-    return None
+    operators = _operators(task_grads)
+    return operators[0].task_names if operators else None
 
 
 def lazy_losses(task_grads: TaskGradients) -> Array | None:
     """The losses that a lazy tree knows, else None."""
-    for leaf in jax.tree.leaves(task_grads):
-        if isinstance(leaf, LazyTaskGradient):
-            return leaf.operator.losses
-    return None
+    operators = _operators(task_grads)
+    return operators[0].losses if operators else None
 
 
 def state_dtype(params: PyTree[Any]) -> DType:
@@ -245,11 +243,21 @@ def state_dtype(params: PyTree[Any]) -> DType:
     return jnp.result_type(jnp.float32, *floating)
 
 
+def check_structure(task_grads: TaskGradients, params: PyTree[Any]) -> None:
+    """Raises unless task gradients have the tree structure of the parameters."""
+    found, expected = jax.tree.structure(task_grads), jax.tree.structure(params)
+    if not same_structure(found, expected):
+        raise ValueError(
+            "task gradients must have the structure of the parameters; expected "
+            f"{expected}, got {found}."
+        )
+
+
 def check_task_axis(
     task_grads: TaskGradients, num_tasks: int, params: PyTree[Any] | None
 ) -> None:
     """Raises unless every leaf has the shape ``(num_tasks, *param.shape)``."""
-    found, treedef = jax.tree_util.tree_flatten_with_path(task_grads)
+    found = jax.tree_util.tree_leaves_with_path(task_grads)
     if not found:
         raise ValueError(
             "the combiner was given a tree without leaves: no task gradients reached "
@@ -258,12 +266,8 @@ def check_task_axis(
     if params is None:
         expected: list[Any] = [None] * len(found)
     else:
-        expected, expected_treedef = flatten(params)
-        if not same_structure(treedef, expected_treedef):
-            raise ValueError(
-                "task gradients must have the structure of the parameters; expected "
-                f"{expected_treedef}, got {treedef}."
-            )
+        check_structure(task_grads, params)
+        expected = jax.tree.leaves(params)
     for (path, leaf), param in zip(found, expected, strict=True):
         where = f"leaf {jax.tree_util.keystr(path) or '(the whole tree)'}"
         shape = tuple(jnp.shape(leaf)) if not hasattr(leaf, "shape") else leaf.shape
@@ -606,6 +610,16 @@ def norm(tree: PyTree[Any], axis_name: Any | None = None) -> Float[Array, ""]:
     if axis_name is not None:
         total = lax.psum(total, axis_name)
     return unit * jnp.sqrt(total)
+
+
+def scale_tree(factor: Array, tree: PyTree[Any]) -> Any:
+    """``factor * tree`` in the wider dtype, each leaf returned in its own."""
+    return jax.tree.map(
+        lambda x: (factor * x.astype(jnp.result_type(factor.dtype, x.dtype))).astype(
+            x.dtype
+        ),
+        tree,
+    )
 
 
 def select(pred: Array, on_true: PyTree[Any], on_false: PyTree[Any]) -> PyTree[Any]:

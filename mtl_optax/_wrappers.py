@@ -20,12 +20,12 @@ from mtl_optax._transform import (
 )
 from mtl_optax._tree import (
     all_finite,
+    check_structure,
     check_task_axis,
     finite_rows,
     is_lazy,
     isolates,
     materialize,
-    same_structure,
     select,
 )
 from mtl_optax._types import Params, State, TaskGradients, TaskMask, Updates
@@ -147,13 +147,8 @@ def shared_only(tx: optax.GradientTransformation, mask: Mask) -> Combiner:
         params: Params | None = None,
         **extra: Any,
     ) -> tuple[Updates, SharedOnlyState]:
-        if params is not None and not same_structure(
-            jax.tree.structure(params), jax.tree.structure(task_grads)
-        ):
-            raise ValueError(
-                "task gradients must have the structure of the parameters; expected "
-                f"{jax.tree.structure(params)}, got {jax.tree.structure(task_grads)}."
-            )
+        if params is not None:
+            check_structure(task_grads, params)
         marks = marks_of(task_grads if params is None else params)
 
         def of(wanted: bool) -> tuple[TaskGradients, Params | None]:

@@ -6,14 +6,14 @@ one batch, and one batch a task.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from mtl_optax._tree import HIGHEST, gramian
+from mtl_optax._tree import HIGHEST, gramian, scale_tree
 from mtl_optax._types import Basis, Losses, TaskMask, Weights
 from mtl_optax.jacobian._trace import Traits
 
@@ -38,14 +38,6 @@ def map_rows(fn: Callable[[Any], Any], rows: PyTree[Array], mode: Mode) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
 
-def scale_back(unit: Array, grads: Sequence[Array]) -> list[Array]:
-    """``unit * grads``, in the wider dtype, each leaf returned in its own."""
-    return [
-        (unit * g.astype(jnp.result_type(unit.dtype, g.dtype))).astype(g.dtype)
-        for g in grads
-    ]
-
-
 def split_unit(weights: Weights, losses: Losses) -> tuple[Array, Array]:
     """Largest magnitude of the weights, and the weights relative to it.
 
@@ -65,26 +57,23 @@ def like_losses(array: Array, losses: Losses) -> Array:
     return array.astype(losses.dtype) + jnp.zeros_like(losses)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class JointJacobian:
-    """Several losses of one batch: ``function(params) -> [T]``.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Jacobian:
+    """What both operators share.
 
     Attributes:
-      function: the losses as a function of the parameters alone.
-      single: ``(params, t) -> scalar``, the loss of task ``t`` with no other loss in
-        its graph; None where the losses came as one array.
       params: where the Jacobian is taken.
-      pullback: ``cotangent [T] -> gradient``, sharing the forward pass of `losses`.
+      losses: there.
+      pullback: ``cotangent [T] -> gradient``, sharing the forward pass of `losses`; a
+        combination costs what plain training costs.
+      mode: how rows are swept; None chooses.
       leaves: the leaves it is restricted to.
     """
 
-    function: Callable[[PyTree[Array]], Array]
-    single: Callable[[PyTree[Array], int], Array] | None
     params: PyTree[Array]
     losses: Losses
     pullback: Callable[[Array], PyTree[Array]]
     task_names: tuple[str, ...]
-    traits: Traits
     mode: Mode | None
     leaves: tuple[int, ...]
 
@@ -92,16 +81,36 @@ class JointJacobian:
     def num_tasks(self) -> int:
         return len(self.task_names)
 
-    @property
-    def isolates(self) -> bool:
-        return self.single is not None
-
-    def restrict(self, leaves: Sequence[int]) -> "JointJacobian":
+    def restrict(self, leaves: Sequence[int]) -> Self:
         return dataclasses.replace(self, leaves=tuple(leaves))
 
     def combine(self, weights: Weights) -> list[Array]:
         unit, cotangent = split_unit(weights, self.losses)
-        return scale_back(unit, self._pick(self.pullback(cotangent)))
+        return scale_tree(unit, self._pick(self.pullback(cotangent)))
+
+    def _pick(self, grads: PyTree[Array]) -> list[Array]:
+        leaves = jax.tree.leaves(grads)
+        return [leaves[index] for index in self.leaves]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class JointJacobian(_Jacobian):
+    """Several losses of one batch: ``function(params) -> [T]``.
+
+    Attributes:
+      function: the losses as a function of the parameters alone.
+      single: ``(params, t) -> scalar``, the loss of task ``t`` with no other loss in
+        its graph; None where the losses came as one array.
+      traits: what can be read off the traced losses.
+    """
+
+    function: Callable[[PyTree[Array]], Array]
+    single: Callable[[PyTree[Array], int], Array] | None
+    traits: Traits
+
+    @property
+    def isolates(self) -> bool:
+        return self.single is not None
 
     def stack(self, *, isolated: bool = False) -> list[Array]:
         if isolated and self.single is not None:
@@ -162,10 +171,6 @@ class JointJacobian:
         gram = jnp.matmul(columns, combine.T, precision=HIGHEST)
         return (gram + gram.T) / 2
 
-    def _pick(self, grads: PyTree[Array]) -> list[Array]:
-        leaves = jax.tree.leaves(grads)
-        return [leaves[index] for index in self.leaves]
-
     def _mode(self, many: Mode) -> Mode:
         if self.mode is not None:
             return self.mode
@@ -175,8 +180,8 @@ class JointJacobian:
         return "vmap" if loops_badly else many
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SeparateJacobian:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SeparateJacobian(_Jacobian):
     """One batch a task: ``function(params, batch[t]) -> scalar``.
 
     Every row runs forward and backward on its own batch only, so the Gramian is taken
@@ -185,31 +190,12 @@ class SeparateJacobian:
     Attributes:
       function: the loss of one task as a function of the parameters and its batch.
       batches: the mapped arguments, task axis first.
-      pullback: of all the losses together; the combination costs what plain training
-        on all batches costs.
     """
 
     function: Callable[[PyTree[Array], Any], Array]
-    params: PyTree[Array]
     batches: Any
-    losses: Losses
-    pullback: Callable[[Array], PyTree[Array]]
-    task_names: tuple[str, ...]
-    mode: Mode | None
-    leaves: tuple[int, ...]
 
     isolates = True
-
-    @property
-    def num_tasks(self) -> int:
-        return len(self.task_names)
-
-    def restrict(self, leaves: Sequence[int]) -> "SeparateJacobian":
-        return dataclasses.replace(self, leaves=tuple(leaves))
-
-    def combine(self, weights: Weights) -> list[Array]:
-        unit, cotangent = split_unit(weights, self.losses)
-        return scale_back(unit, self._pick(self.pullback(cotangent)))
 
     def stack(self, *, isolated: bool = False) -> list[Array]:
         del isolated  # rows never share a graph here
@@ -224,7 +210,3 @@ class SeparateJacobian:
         self, basis: Basis | None = None, task_mask: TaskMask | None = None
     ) -> Array:
         return gramian(self.stack(), basis=basis, task_mask=task_mask)
-
-    def _pick(self, grads: PyTree[Array]) -> list[Array]:
-        leaves = jax.tree.leaves(grads)
-        return [leaves[index] for index in self.leaves]

@@ -3,7 +3,11 @@
 from importlib.metadata import version as _version
 
 from mtl_optax import metrics, solvers
+from mtl_optax._aliases import mao
 from mtl_optax._check import check_chain
+from mtl_optax._connection_strength import connection_strength
+from mtl_optax._per_task import per_task
+from mtl_optax._phases import phase_schedule, sequential_task_steps
 from mtl_optax._registry import METHODS, Method
 from mtl_optax._transform import (
     Combiner,
@@ -21,7 +25,15 @@ from mtl_optax._tree import (
 )
 from mtl_optax._types import Aggregator, TaskJacobian, Weighting
 from mtl_optax._wrappers import shared_only, skip_nonfinite_tasks
-from mtl_optax.jacobian import shared_mask, task_jacobian, value_and_task_grads
+from mtl_optax.aggregators import priority_projection, scale_by_mao
+from mtl_optax.jacobian import (
+    look_ahead_jacobian,
+    look_ahead_steps,
+    shared_mask,
+    task_jacobian,
+    task_touches,
+    value_and_task_grads,
+)
 from mtl_optax.weightings import edm, mean, mgda, task_tensioner
 
 __version__ = _version("mtl_optax")
@@ -34,15 +46,24 @@ __all__ = [
     "TaskJacobian",
     "Weighting",
     "check_chain",
+    "connection_strength",
     "edm",
     "from_aggregator",
     "from_weighting",
     "gramian",
     "lazy_tree",
+    "look_ahead_jacobian",
+    "look_ahead_steps",
+    "mao",
     "materialize",
     "mean",
     "metrics",
     "mgda",
+    "per_task",
+    "phase_schedule",
+    "priority_projection",
+    "scale_by_mao",
+    "sequential_task_steps",
     "shared_mask",
     "shared_only",
     "skip_nonfinite_tasks",
@@ -51,6 +72,7 @@ __all__ = [
     "sum_tasks",
     "task_jacobian",
     "task_tensioner",
+    "task_touches",
     "unstack_tasks",
     "value_and_task_grads",
     "weighted_sum",

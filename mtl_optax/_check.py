@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from mtl_optax._transform import check_num_tasks
+from mtl_optax._arguments import check_num_tasks
 from mtl_optax._tree import lazy_tree, same_structure
 from mtl_optax._types import Params
 

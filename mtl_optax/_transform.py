@@ -16,6 +16,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
+from mtl_optax._arguments import check_choice, check_num_tasks
 from mtl_optax._tree import (
     check_task_axis,
     constant,
@@ -44,6 +45,7 @@ from mtl_optax._types import (
 )
 
 Scale: TypeAlias = Literal["paper", "mean", "sum", "norm"]
+LengthScale: TypeAlias = Literal["paper", "norm"]
 
 
 class Combiner(optax.GradientTransformationExtraArgs):
@@ -266,7 +268,7 @@ def from_aggregator(
     aggregator: Aggregator,
     num_tasks: int,
     *,
-    scale: Scale = "paper",
+    scale: LengthScale = "paper",
     axis_name: Any = None,
 ) -> Combiner:
     r"""Makes an optax transform from a method that looks at whole task gradients.
@@ -376,6 +378,7 @@ def sum_tasks(num_tasks: int | None = None) -> Combiner:
         state: optax.EmptyState,
         params: Params | None = None,
         *,
+        losses: Any = None,
         task_mask: Any = None,
         **extra: Any,
     ) -> tuple[Updates, optax.EmptyState]:
@@ -386,6 +389,7 @@ def sum_tasks(num_tasks: int | None = None) -> Combiner:
             # A leaf without any axis has no tasks; the check below says so.
             tasks = leaves[0].shape[0] if leaves and leaves[0].shape else 1
         check_task_axis(task_grads, tasks, params)
+        read_losses(losses, task_grads, tasks)  # not needed, but wrong is wrong
         mask = read_task_mask(task_mask, tasks)
         ones = jnp.ones((tasks,), jnp.float32)
         return weighted_sum(ones, task_grads, task_mask=mask), state
@@ -445,41 +449,6 @@ def read_losses(
     if not jnp.issubdtype(losses.dtype, jnp.number) or jnp.iscomplexobj(losses):
         raise TypeError(f"losses: expected real numbers, got dtype {losses.dtype}.")
     return losses
-
-
-def check_num_tasks(num_tasks: Any) -> None:
-    """Raises unless `num_tasks` is a positive Python int."""
-    check_count("num_tasks", num_tasks)
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises unless `value` is a positive Python int."""
-    if isinstance(value, jax.Array):
-        raise TypeError(
-            f"{name} must be a Python int, got an array: it sets shapes. With "
-            "optax.inject_hyperparams name every such argument, as in "
-            "static_args=('num_tasks', 'window')."
-        )
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
-
-
-def check_nonnegative(name: str, value: Any) -> None:
-    """Raises if `value` is concrete and negative or NaN; a traced value passes."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    if jnp.ndim(value) != 0:
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")
-    if not value >= 0:
-        raise ValueError(f"{name} must not be negative, got {value}.")
 
 
 def _check_contract(

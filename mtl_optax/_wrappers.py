@@ -1,24 +1,23 @@
 """Transforms around combiners: shared parameters only, and broken tasks left out."""
 
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
+from mtl_optax._arguments import check_num_tasks
 from mtl_optax._transform import (
     Combiner,
-    check_num_tasks,
     read_losses,
     read_task_mask,
     sum_tasks,
 )
 from mtl_optax._tree import (
+    Mask,
     all_finite,
     check_structure,
     check_task_axis,
@@ -26,11 +25,12 @@ from mtl_optax._tree import (
     is_lazy,
     isolates,
     materialize,
+    merge_parts,
+    part_of,
+    read_mask,
     select,
 )
 from mtl_optax._types import Params, State, TaskGradients, TaskMask, Updates
-
-Mask: TypeAlias = PyTree[bool] | Callable[[Params], PyTree[bool]]
 
 
 class SharedOnlyState(NamedTuple):
@@ -99,47 +99,10 @@ def shared_only(tx: optax.GradientTransformation, mask: Mask) -> Combiner:
     heads = sum_tasks(getattr(tx, "num_tasks", None))
 
     def marks_of(tree: PyTree[Any]) -> list[bool]:
-        marks = mask(tree) if callable(mask) else mask
-        flags = jax.tree.leaves(marks)
-        for flag in flags:
-            if not isinstance(flag, bool | np.bool_ | jax.Array | np.ndarray) or (
-                jnp.shape(flag) != () or jnp.result_type(flag) != jnp.bool_
-            ):
-                raise TypeError(
-                    "shared_only: the mask must hold bools, True where a leaf is "
-                    f"shared, got {flag!r}."
-                )
-        # Leaf by leaf: Flax's optimiser takes the `Param`s off the tree it updates, but
-        # not off the one that it starts from, where the mask may come from.
-        if len(flags) != len(jax.tree.leaves(tree)):
-            try:  # a prefix is spread over the leaves below it
-                spread = jax.tree.map(
-                    lambda m, sub: jax.tree.map(lambda _: m, sub), marks, tree
-                )
-            except ValueError as error:
-                raise ValueError(
-                    "shared_only: the mask must be a tree of bools like the "
-                    f"parameters, or a prefix of it: {error}"
-                ) from error
-            flags = jax.tree.leaves(spread)
-        if flags and not any(flags):
-            raise ValueError(
-                "shared_only: the mask marks no leaf as shared, so there is nothing "
-                "to combine. Use mtl_optax.sum_tasks() alone, or check the mask "
-                "(mtl_optax.shared_mask finds it)."
-            )
-        return [bool(flag) for flag in flags]
-
-    def part(tree: PyTree[Any], marks: list[bool], wanted: bool) -> PyTree[Any]:
-        leaves, treedef = jax.tree.flatten(tree)
-        kept = [
-            leaf if mark == wanted else optax.MaskedNode()
-            for leaf, mark in zip(leaves, marks, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, kept)
+        return read_mask("shared_only", mask, tree)
 
     def init(params: Params) -> SharedOnlyState:
-        return SharedOnlyState(inner.init(part(params, marks_of(params), True)))
+        return SharedOnlyState(inner.init(part_of(params, marks_of(params), True)))
 
     def update(
         task_grads: TaskGradients,
@@ -152,8 +115,8 @@ def shared_only(tx: optax.GradientTransformation, mask: Mask) -> Combiner:
         marks = marks_of(task_grads if params is None else params)
 
         def of(wanted: bool) -> tuple[TaskGradients, Params | None]:
-            own = None if params is None else part(params, marks, wanted)
-            return part(task_grads, marks, wanted), own
+            own = None if params is None else part_of(params, marks, wanted)
+            return part_of(task_grads, marks, wanted), own
 
         grads, own = of(True)
         shared, new_state = inner.update(grads, state.shared, own, **extra)
@@ -162,16 +125,7 @@ def shared_only(tx: optax.GradientTransformation, mask: Mask) -> Combiner:
         grads, own = of(False)
         others, _ = heads.update(grads, optax.EmptyState(), own, **extra)
 
-        def leaves(tree: Updates) -> list[Any]:
-            return jax.tree.leaves(
-                tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-            )
-
-        merged = [
-            s if mark else h
-            for s, h, mark in zip(leaves(shared), leaves(others), marks, strict=True)
-        ]
-        updates = jax.tree.unflatten(jax.tree.structure(task_grads), merged)
+        updates = merge_parts(shared, others, marks)
         return updates, SharedOnlyState(new_state)
 
     return Combiner(init, update, getattr(tx, "num_tasks", None))

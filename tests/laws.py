@@ -126,17 +126,41 @@ class Trajectories(NamedTuple):
     updates: np.ndarray
     weights: np.ndarray | None
     states: Any
+    normalises: bool
 
     def longest(self, rows):
-        """``[RUNS, STEPS]``: the longest row that went into the update."""
+        """``[RUNS, STEPS]``: the longest row that went into the update.
+
+        Of a method that takes the lengths of rows away: the longest of all updates.
+        """
+        if self.normalises:
+            longest = np.linalg.norm(self.updates, axis=-1).max()
+            return np.full(rows.shape[:2], longest)
         lengths = np.linalg.norm(rows, axis=-1)
         if self.weights is not None:
             lengths = lengths * np.abs(self.weights)
         return np.maximum(lengths.max(-1), np.finfo(np.float32).tiny)
 
 
-def extras_of(method, num_tasks, losses):
-    return {**method.extras(num_tasks), "losses": losses}
+def extras_of(method, num_tasks, losses, params=None):
+    """What `update` needs; strengths follow each task's own loss.
+
+    So they change from step to step, and go along when tasks are permuted or absent.
+    """
+    params = params_of() if params is None else params
+    extras = {**method.extras(num_tasks, params), "losses": losses}
+    if "strengths" in method.needs:
+        extras["strengths"] = jax.tree.map(
+            lambda p: strengths_by_loss(losses, p.shape[-1]) if p.ndim > 1 else None,
+            params,
+        )
+    return extras
+
+
+def strengths_by_loss(losses, channels):
+    """``[T, C]``, from `oracles.strengths_by_loss`' formula."""
+    x = losses / (1 + jnp.abs(losses))
+    return 2 + jnp.sin(5 * (jnp.arange(channels) + 1) * x[:, None])
 
 
 @functools.cache
@@ -168,7 +192,8 @@ def trajectories(method, rows, losses, masks=None) -> Trajectories:
     updates, states = run(rows, losses, masks)
     weights = weights_of(states)
     weights = None if weights is None else np.asarray(weights, np.float64)
-    return Trajectories(np.asarray(updates, np.float64), weights, states)
+    normalises = weights is None and "scale_equivariant" not in method.claims
+    return Trajectories(np.asarray(updates, np.float64), weights, states, normalises)
 
 
 def weights_of(state):
@@ -231,12 +256,12 @@ def check_types(method, kind, num_tasks=3):
 
     def stacked(params, state, targets):
         grads = jax.tree.map(lambda p: jnp.ones((num_tasks, *p.shape), p.dtype), params)
-        extras = extras_of(method, num_tasks, targets)
+        extras = extras_of(method, num_tasks, targets, params)
         return tx.update(grads, state, params, unknown_extra=1, **extras)
 
     def lazy(params, state, targets):
-        losses, grads = mtl.task_jacobian(quadratic_losses)(params, targets)
-        extras = extras_of(method, num_tasks, losses)
+        losses, grads = method.jacobian(quadratic_losses)(params, targets)
+        extras = extras_of(method, num_tasks, losses, params)
         return tx.update(grads, state, params, **extras)
 
     first = jax.eval_shape(tx.init, params)
@@ -362,7 +387,7 @@ def mlp_one(params, batch):
     return jnp.mean(jnp.square(h @ (heads @ own) - y))
 
 
-def _jacobian(form):
+def _jacobian(method, form):
     """Joint losses as a dict or an array, or one batch a task."""
     if form == "one batch a task":
 
@@ -371,10 +396,10 @@ def _jacobian(form):
             turned = jnp.stack([jnp.roll(x, t, axis=1) for t in range(tasks)])
             return (turned, y.T, jnp.eye(tasks, dtype=x.dtype))
 
-        jacobian = mtl.task_jacobian(mlp_one, in_axes=(None, 0))
+        jacobian = method.jacobian(mlp_one, in_axes=(None, 0))
         return lambda params, x, y: jacobian(params, arguments(x, y))
     loss_fn = {"dict": mlp_dict, "array": mlp_array}[form]
-    return mtl.task_jacobian(loss_fn)
+    return method.jacobian(loss_fn)
 
 
 FORMS = ("dict", "array", "one batch a task")
@@ -401,7 +426,7 @@ def check_lazy(method, form, num_tasks=3):
     tx = method.make(num_tasks)
     params = mlp_params(form.dtype, tasks=num_tasks)
     x, y = mlp_batch(num_tasks, dtype=form.dtype)
-    jacobian = _jacobian(form.losses)
+    jacobian = _jacobian(method, form.losses)
     rng = np.random.default_rng(2)
     moves = jax.tree.map(
         lambda p: jnp.asarray(0.3 * rng.standard_normal((STEPS, *p.shape)), p.dtype),
@@ -418,7 +443,7 @@ def check_lazy(method, form, num_tasks=3):
             at = jax.tree.map(jnp.add, params, move)
             losses, lazy = jacobian(at, x, y)
             stacked = mtl.materialize(lazy)
-            extras = extras_of(method, num_tasks, losses)
+            extras = extras_of(method, num_tasks, losses, at)
             if form.masked:
                 extras["task_mask"] = mask
             one, first = tx.update(stacked, states[0], at, **extras)
@@ -511,6 +536,7 @@ def degenerate(num_tasks):
         cases[f"lengths down to 1e-{power}"] = base / spread
         cases[f"lengths up to 1e{power}, opposite"] = spread * signs * first
     losses = {
+        "around 1": 1 + np.arange(num_tasks) / 8,
         "loss 1": np.ones(num_tasks),
         "loss 0": np.zeros(num_tasks),
         "one loss 0": np.arange(num_tasks) * 1.0,
@@ -521,7 +547,7 @@ def degenerate(num_tasks):
     }
     names = list(cases)
     rows = [cases[n] for n in names]
-    given = [np.broadcast_to(losses["loss 1"], (STEPS, num_tasks))] * len(rows)
+    given = [np.broadcast_to(losses["around 1"], (STEPS, num_tasks))] * len(rows)
     for name, values in losses.items():
         names.append(name)
         rows.append(base)
@@ -773,7 +799,7 @@ def temporary_bytes(method, num_tasks, lazy):
 
     def step(params, state, x, y):
         losses, grads = make(big_losses)(params, x, y)
-        extras = extras_of(method, num_tasks, losses)
+        extras = extras_of(method, num_tasks, losses, params)
         return tx.update(grads, state, params, **extras)
 
     compiled = _compiled(step, num_tasks, state)
@@ -903,7 +929,7 @@ def check_wrong_input(method, num_tasks=3):
         }
 
     good = rows((num_tasks, 4))
-    extras = extras_of(method, num_tasks, jnp.ones(num_tasks))
+    extras = extras_of(method, num_tasks, jnp.ones(num_tasks), params)
 
     def update(grads, params=params, **changed):
         given = {k: v for k, v in (extras | changed).items() if v is not None}
@@ -941,6 +967,16 @@ def check_wrong_input(method, num_tasks=3):
     if "losses" in method.needs:
         with refuses("missing losses", kind, "losses", "(3,)"):
             update(good, losses=None)
+    if "strengths" in method.needs:
+        with refuses("missing strengths", kind, "strengths", "(T, C_out)"):
+            update(good, strengths=None)
+        for wrong in ((2, 5), (3, 2), (3,), (3, 1, 5)):
+            with refuses("strengths", shape, "leaf z", "(3, 5)", str(wrong)):
+                update(good, strengths={"z": jnp.ones(wrong)})
+        with refuses("strengths of a vector", shape, "leaf trunk.w", "(3, 4)"):
+            update(good, strengths={"trunk": {"w": jnp.ones(3)}})
+        with refuses("strengths elsewhere", shape, "leaf y", "no such leaf", "trunk.w"):
+            update(good, strengths={"y": jnp.ones((3, 5))})
     for wrong in ((2,), (3, 1), ()):
         with refuses(f"losses of shape {wrong}", shape, "losses", "(3,)", str(wrong)):
             update(good, losses=jnp.ones(wrong))
@@ -1094,3 +1130,4 @@ def check_absent_for_a_while(method, num_tasks=3):
                 own = np.moveaxis(moved, axis, 2)
                 own = own.reshape(*own.shape[:3], -1).any(-1)
                 assert not np.any(own & ~masks[:, 1:]), f"{path}: an absent task moved"
+                break  # a parameter may be as long

@@ -70,9 +70,57 @@ def task_tensioner(rows, losses, alpha=0.3, window=10):
     return np.stack(weights)
 
 
+def strengths_by_loss(losses, channels):
+    """The strengths that the laws give a method that reads some."""
+    x = losses / (1 + np.abs(losses))
+    return 2 + np.sin(5 * np.outer(x, np.arange(channels) + 1))
+
+
+# The laws' rows are one scalar, a vector of 5 and a kernel [3, 4], one after the other.
+KERNEL, INPUTS, CHANNELS = 6, 3, 4
+
+
+def priority_projection(rows, losses):
+    """The updates, group by group and pair by pair."""
+    updates = rows.sum(1)
+    for k, L in enumerate(losses):
+        owner = strengths_by_loss(L, CHANNELS).argmax(0)
+        if len(set(owner)) == 1:
+            continue
+        G = rows[k, :, KERNEL:].reshape(len(L), INPUTS, CHANNELS)
+        total = np.zeros((INPUTS, CHANNELS))
+        for i in set(owner):
+            own = G[i][:, owner == i].ravel()
+            for j in range(len(L)):
+                other = G[j][:, owner == i].ravel()
+                if j != i and own @ other < 0:
+                    other = other - (own @ other) / (own @ own) * own
+                total[:, owner == i] += other.reshape(INPUTS, -1)
+        updates[k, KERNEL:] = total.ravel()
+    return updates
+
+
+def scale_by_mao(rows, losses, b1=0.9, b2=0.999, eps=1e-8):
+    m, v = np.zeros(rows.shape[1:]), np.zeros(rows.shape[1:])
+    updates = []
+    for k, g in enumerate(rows, start=1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        steps = m / (1 - b1**k) / (np.sqrt(v / (1 - b2**k)) + eps)
+        updates.append(steps.sum(0))
+    return np.stack(updates)
+
+
+def plain_sum(rows, losses):
+    return rows.sum(1)
+
+
 ORACLES = {
     "edm": edm,
+    "look_ahead_jacobian": plain_sum,  # its Jacobian has oracles of its own
     "mean": mean,
     "mgda": mgda,
+    "priority_projection": priority_projection,
+    "scale_by_mao": scale_by_mao,
     "task_tensioner": task_tensioner,
 }

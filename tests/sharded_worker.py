@@ -86,7 +86,7 @@ def setting(method):
     @laws.quick_jit
     def advance(rows, losses):
         def step(state, now):
-            extras = laws.extras_of(method, TASKS, now[1])
+            extras = laws.extras_of(method, TASKS, now[1], params)
             return tx.update(now[0], state, params, **extras)[1], None
 
         return jax.lax.scan(step, tx.init(params), (rows, losses))[0]
@@ -96,9 +96,39 @@ def setting(method):
     return Setting(params, last, jnp.asarray(losses[-1]), advance(*before))
 
 
-def step_on_rows(method, rows, losses, state, params, **options):
-    tx = method.make(TASKS, **options)
-    return tx.update(rows, state, params, **laws.extras_of(method, TASKS, losses))
+def step_on_rows(method, rows, extras, state, params, **options):
+    return method.make(TASKS, **options).update(rows, state, params, **extras)
+
+
+def extras_at(method):
+    at = setting(method)
+    return laws.extras_of(method, TASKS, at.losses, at.params)
+
+
+def extra_specs(extras, specs):
+    """Strengths are sharded as their kernel's channels, all else is everywhere."""
+    return {
+        name: {
+            leaf: None if value is None else P(None, specs[leaf][-1])
+            for leaf, value in extra.items()
+        }
+        if name == "strengths"
+        else P()
+        for name, extra in extras.items()
+    }
+
+
+def state_specs(state, whole):
+    """Moments a task are sharded as the rows, all else is everywhere."""
+
+    def spec(path, leaf):
+        for name, shape in SHAPES.items():
+            like_rows = leaf.shape == (TASKS, *shape)
+            if like_rows and jax.tree_util.keystr(path).endswith(f"['{name}']"):
+                return whole[name]
+        return P()
+
+    return jax.tree_util.tree_map_with_path(spec, state)
 
 
 def loss_fn(params, x, y):
@@ -113,8 +143,8 @@ def compiled_step(method):
 
 
 def step_on_batch(method, x, y, state, params):
-    losses, grads = mtl.task_jacobian(loss_fn)(params, x, y)
-    extras = laws.extras_of(method, TASKS, losses)
+    losses, grads = method.jacobian(loss_fn)(params, x, y)
+    extras = laws.extras_of(method, TASKS, losses, params)
     return method.make(TASKS).update(grads, state, params, **extras)
 
 
@@ -130,7 +160,7 @@ def on_one_device(method, form):
     if form == "lazy":
         step = functools.partial(step_on_batch, method)
         return laws.quick_jit(step)(*batch(), at.state, at.params)
-    return compiled_step(method)(at.rows, at.losses, at.state, at.params)
+    return compiled_step(method)(at.rows, extras_at(method), at.state, at.params)
 
 
 def check_sharded(method, form, axes, layout):
@@ -138,14 +168,14 @@ def check_sharded(method, form, axes, layout):
     at = setting(method)
     specs = LAYOUTS.get(layout)
     state = replicated(at.state, axes)
-    losses = replicated(at.losses, axes)
+    extras = replicated(extras_at(method), axes)
     if form != "shard_map":
         wanted = on_one_device(method, form)
     if form == "stacked":
         lead = "x" if layout == "tasks" else None
         whole = {n: P(lead, *spec) for n, spec in specs.items()}
         rows, params = put(at.rows, axes, whole), put(at.params, axes, specs)
-        found = compiled_step(method)(rows, losses, state, params)
+        found = compiled_step(method)(rows, extras, state, params)
     elif form == "lazy":
         step = laws.quick_jit(functools.partial(step_on_batch, method))
         x, y = (
@@ -161,18 +191,19 @@ def check_sharded(method, form, axes, layout):
         options = {"axis_name": "x"} if "axis_name" in names else {}
         assert options or not laws.sees_gramian(method), "no axis_name"
         whole = {n: P(None, *spec) for n, spec in specs.items()}
+        held = state_specs(at.state, whole)
         # The leaf that every device holds would be counted eight times.
         zero = {**at.rows, "free": 0 * at.rows["free"]}
         inside = jax.shard_map(
             functools.partial(step_on_rows, method, **options),
             mesh=mesh(axes),
-            in_specs=(whole, P(), P(), specs),
-            out_specs=(specs, P()),
+            in_specs=(whole, extra_specs(extras, specs), held, specs),
+            out_specs=(specs, held),
             check_vma=False,
         )
         rows, params = put(zero, axes, whole), put(at.params, axes, specs)
-        found = laws.quick_jit(inside)(rows, losses, state, params)
-        wanted = compiled_step(method)(zero, at.losses, at.state, at.params)
+        found = laws.quick_jit(inside)(rows, extras, state, params)
+        wanted = compiled_step(method)(zero, extras_at(method), at.state, at.params)
     found, wanted = jax.device_get(found), jax.device_get(wanted)
     size = max(np.linalg.norm(u) for u in jax.tree.leaves(wanted[0]))
     for name in SHAPES:

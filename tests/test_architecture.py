@@ -19,12 +19,14 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A module imports from floors below its own, or from its own floor.
 FLOORS = [
     {"metrics"},
-    {"_types", "_tree"},
+    {"_types", "_arguments"},
+    {"_tree"},
     {"solvers", "jacobian"},
-    {"_transform", "_wrappers"},
+    {"_transform", "_wrappers", "_per_task", "_phases", "_connection_strength"},
     {"weightings", "aggregators"},
-    {"_registry", "_check"},
+    {"_registry", "_check", "_aliases"},
     {"__init__"},
+    {"layers"},
     {"examples", "bench"},
     {"_cli"},
     {"__main__"},
@@ -134,7 +136,7 @@ def test_only_public_apis(path):
 
 # ------------------------------------------------------------------------- public names
 
-CORE_PARTS = FLOOR.keys() - {"examples", "bench", "_cli", "__main__"}
+CORE_PARTS = FLOOR.keys() - {"layers", "examples", "bench", "_cli", "__main__"}
 
 
 def test_the_core_needs_no_optional_package():
@@ -209,14 +211,20 @@ def factories():
 
 
 def test_every_method_is_registered_and_public():
-    assert set(mtl.METHODS) == factories()
+    combiners = {name for name, m in mtl.METHODS.items() if m.kind != "jacobian"}
+    assert combiners == factories()
     assert set(mtl.METHODS) <= set(mtl.__all__)
     for name, row in mtl.METHODS.items():
         assert isinstance(row, mtl.Method)
         assert row.name == name
-        assert row.factory is getattr(mtl, name)
-        assert row.kind in ("weighting", "aggregator")
-        assert row.needs <= {"gramian", "losses", "gramian_in_basis", "key"}
+        if row.kind == "jacobian":
+            assert row.jacobian.func is getattr(mtl, name)
+        else:
+            assert row.factory is getattr(mtl, name)
+            assert row.jacobian is mtl.task_jacobian
+            assert row.kind in ("weighting", "aggregator")
+        needs = {"gramian", "losses", "gramian_in_basis", "key", "strengths"}
+        assert row.needs <= needs
         for text in (row.summary, row.paper, row.cost, row.state_size):
             assert text.strip(), name
 
@@ -227,6 +235,8 @@ PARAMS = {"w": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones(2)}
 def is_namedtuple_of_arrays(node):
     if isinstance(node, jax.Array):
         return True
+    if isinstance(node, dict):  # shaped like the parameters
+        return all(is_namedtuple_of_arrays(child) for child in node.values())
     if isinstance(node, tuple) and (hasattr(node, "_fields") or node == ()):
         return all(is_namedtuple_of_arrays(child) for child in node)
     return False

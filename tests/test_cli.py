@@ -12,7 +12,7 @@ import pytest
 
 import mtl_optax as mtl
 from mtl_optax import _cli
-from mtl_optax.examples import comparison, plots, report, trainer
+from mtl_optax.examples import comparison, costs, plots, report, trainer
 
 PLOTS = ["summary.png", "losses.png", "weights.png", "cosine.png"]
 
@@ -45,7 +45,18 @@ def found():
             "CR": outcome(1),
             "RR": outcome(1)._replace(test=np.array([[0.18], [0.17]])),
         },
-        methods={"mean": outcome(3), "edm": outcome(3)},
+        methods={
+            "mean": outcome(3),
+            "edm": outcome(3),
+            # A system without weights, and without one set of task gradients.
+            "look_ahead_jacobian": outcome(3)._replace(
+                record=outcome(3).record._replace(task_weights=None, gramians=None)
+            ),
+        },
+        costs={
+            name: costs.Cost(ratio, (ratio, ratio), 0.5)
+            for name, ratio in (("mean", 1), ("edm", 2), ("look_ahead_jacobian", 3))
+        },
     )
 
 
@@ -226,7 +237,7 @@ def _with_tests(found, tests):
         task: found.single[task]._replace(test=np.array([[b], [b]]))
         for task, b in zip(("CL", "RR"), (90.0, 0.2), strict=True)
     }
-    return comparison.Comparison(("CL", "RR"), (True, False), 2, single, methods)
+    return comparison.Comparison(("CL", "RR"), (True, False), 2, single, methods, {})
 
 
 def test_figures_of_the_table(found):
@@ -278,7 +289,8 @@ def test_the_demo_as_a_user_runs_it(tmp_path):
     done = _python("-m", "mtl_optax", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    for name in ("single task", "mean", "mgda", "edm", "task_tensioner"):
+    systems = _cli._DEFAULT_METHODS.split(",")
+    for name in ("single task", *systems, "sum, task norms"):
         (row,) = [x for x in done.stdout.splitlines() if x.startswith(f"{name}  ")]
         assert row.count("±") == (2 if name == "single task" else 5)
     _assert_worth_looking_at(tmp_path / "mtl_optax_demo")

@@ -22,11 +22,22 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LONG = {"02_four_systems"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)
+        )
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("MTL_OPTAX_SMOKE", "1")  # few epochs
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     pictures = [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
     assert pictures
     loud = [o.text for o in outputs(notebook) if o.get("name") == "stderr"]

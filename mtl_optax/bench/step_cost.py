@@ -93,10 +93,16 @@ def measure(
 
         return step
 
-    def combined(tx: Any, jacobian: Callable[..., Any]) -> Callable[..., Any]:
+    def combined(tx: Any, method: mtl.Method, stacked: bool) -> Callable[..., Any]:
+        # Strengths only for what the combiner sees.
+        extras = method.extras(num_tasks, {"trunk": params["trunk"]})
+
         def step(params: Any, state: Any, x: Array) -> Any:
-            losses, task_grads = jacobian(loss_fn)(params, x)
-            updates, state = tx.update(task_grads, state, params, losses=losses)
+            losses, task_grads = method.jacobian(loss_fn)(params, x)
+            if stacked:
+                task_grads = mtl.materialize(task_grads)
+            given = {**extras, "losses": losses}
+            updates, state = tx.update(task_grads, state, params, **given)
             return optax.apply_updates(params, updates), state
 
         return step
@@ -104,10 +110,10 @@ def measure(
     sgd = optax.sgd(1e-3)
     ways: dict[str, tuple[Any, Callable[..., Any]]] = {"plain": (sgd, plain(sgd))}
     for name in methods or mtl.METHODS:
-        combiner = mtl.shared_only(mtl.METHODS[name].make(num_tasks), shared)
-        tx = optax.chain(combiner, sgd)
-        ways[f"{name}, lazy"] = (tx, combined(tx, mtl.task_jacobian))
-        ways[f"{name}, stacked"] = (tx, combined(tx, mtl.value_and_task_grads))
+        method = mtl.METHODS[name]
+        tx = optax.chain(mtl.shared_only(method.make(num_tasks), shared), sgd)
+        ways[f"{name}, lazy"] = (tx, combined(tx, method, stacked=False))
+        ways[f"{name}, stacked"] = (tx, combined(tx, method, stacked=True))
 
     compiled = {}
     for way, (tx, step) in tqdm(ways.items(), desc="compiling", leave=False):

@@ -3,30 +3,23 @@
 Each is measured against one network a task.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key
 
-from mtl_optax import METHODS, Combiner, mean, shared_only
+from mtl_optax.examples.costs import Cost, measure_costs
 from mtl_optax.examples.digits import Pairs, draw_pairs, load_sources
-from mtl_optax.examples.models import (
-    LossFn,
-    classifies,
-    encoder_mask,
-    make_digits,
-)
-from mtl_optax.examples.trainer import Record, init_state, make_epoch, train
+from mtl_optax.examples.models import classifies
+from mtl_optax.examples.systems import System, make_system, with_controls
+from mtl_optax.examples.trainer import Record, train
 from mtl_optax.metrics import delta_m
 
-BATCH_SIZE = 128
 TRAIN_PAIRS = 4096
 HELD_OUT_PAIRS = 2000
-LOOK_EVERY = 4
 
 
 class Outcome(NamedTuple):
@@ -51,7 +44,8 @@ class Comparison(NamedTuple):
       higher_is_better: per task.
       num_epochs: passes over the training pairs.
       single: one network for each task alone, by task.
-      methods: one network for all tasks, by method.
+      methods: one network for all tasks, by method (and controls).
+      costs: what a step costs, by method; empty if it was not measured.
     """
 
     tasks: tuple[str, ...]
@@ -59,6 +53,7 @@ class Comparison(NamedTuple):
     num_epochs: int
     single: dict[str, Outcome]
     methods: dict[str, Outcome]
+    costs: dict[str, Cost]
 
     @property
     def baseline(self) -> Float[np.ndarray, " tasks"]:
@@ -72,16 +67,6 @@ class _Data(NamedTuple):
     test: Pairs
 
 
-class _Network(NamedTuple):
-    """A network for some tasks: every seed's first parameters, losses and metrics."""
-
-    tasks: tuple[str, ...]
-    keys: Key[Array, " seeds"]
-    params: PyTree[Array]
-    loss_fn: LossFn
-    measure: Callable[[PyTree[Array], Pairs], dict[str, Array]]
-
-
 def compare(
     tasks: Sequence[str],
     methods: Sequence[str],
@@ -90,8 +75,10 @@ def compare(
     num_epochs: int = 20,
     learning_rates: Sequence[float] = (1e-3, 3e-3, 1e-2),
     train_pairs: int = TRAIN_PAIRS,
+    with_costs: bool = False,
     key: Key[Array, ""],
     on_epoch: Callable[[str], None] | None = None,
+    on_cost: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Trains one network a task, then one for all tasks under each method.
 
@@ -99,7 +86,8 @@ def compare(
     initial parameters and minibatches, and all methods start from the same ones. The
     learning rate is chosen for each method by its mean over seeds on validation pairs:
     a single task by its own metric, a method by Delta_m. The combination acts on the
-    shared encoder; heads get their own gradient.
+    shared encoder; heads get their own gradient. `mtl_optax.examples.systems` says how
+    systems that are more than a combiner are trained.
 
     Args:
       tasks: see `mtl_optax.examples.digits.parse_tasks`.
@@ -108,8 +96,10 @@ def compare(
       num_epochs: passes over the training pairs.
       learning_rates: of Adam, to choose from.
       train_pairs: number of training pairs, the same for all runs.
+      with_costs: also measures what a step of each costs.
       key: where all randomness comes from.
       on_epoch: called on the host after every epoch with a label.
+      on_cost: called on the host before each system's cost is measured.
 
     Returns:
       a `Comparison`.
@@ -141,55 +131,44 @@ def compare(
     )
     keys = jax.random.split(runs, num_seeds)
     rates = np.asarray(learning_rates, np.float32)
+    starts: dict[Any, Any] = {}
 
-    def run(
-        label: str, network: _Network, combiner: Combiner, **options: Any
-    ) -> _Lanes:
+    def run(label: str, name: str, tasks: tuple[str, ...]) -> _Lanes:
         def tick(*_: Any) -> None:
             if on_epoch is not None:
                 on_epoch(label)
 
-        return _train_lanes(network, data, combiner, rates, num_epochs, tick, **options)
+        system = make_system(name, tasks, num_epochs)
+        if (system.network, tasks) not in starts:
+            # Not under jit: the layers' random draws compile one by one and only once
+            # for all networks, which takes a tenth of the time.
+            every = [system.start(key) for key in keys]
+            starts[system.network, tasks] = jax.tree.map(
+                lambda *x: jnp.stack(x), *every
+            )
+        start = starts[system.network, tasks]
+        return _train_lanes(system, start, keys, tasks, data, rates, num_epochs, tick)
 
     single, reference = {}, []
     for task in tasks:
-        lanes = run(f"{task} alone", _network((task,), keys), mean(num_tasks=1))
+        lanes = run(f"{task} alone", "mean", (task,))
         value = lanes.validation.mean(axis=1)[:, 0]
         best = int(np.argmax(value if classifies(task) else -value))
         single[task] = lanes.at(best, rates)
         reference.append(value[best])
 
     higher = tuple(classifies(task) for task in tasks)
-    network = _network(tasks, keys)
+    names = with_controls(methods)
     outcomes = {}
-    for name in methods:
-        combiner = METHODS[name].make(len(tasks))
-        lanes = run(name, network, combiner, extras=extras_of(name))
+    for name in names:
+        lanes = run(name, name, tasks)
         value = lanes.validation.mean(axis=1)
         gain = np.asarray(delta_m(value, np.array(reference), higher))
         outcomes[name] = lanes.at(int(np.argmax(gain)), rates)
-    return Comparison(tasks, higher, num_epochs, single, outcomes)
-
-
-def extras_of(name: str) -> Callable[[Key[Array, ""]], Mapping[str, Any]] | None:
-    """How the trainer makes the arguments that a method needs besides losses.
-
-    Raises:
-      ValueError: when it needs something that this comparison does not have.
-
-    Example:
-      >>> from mtl_optax.examples.comparison import extras_of
-      >>> extras_of("mgda") is None
-      True
-    """
-    needed = set(METHODS[name].extras(2)) - {"losses"}
-    if not needed:
-        return None
-    if needed == {"key"}:
-        return lambda key: {"key": key}
-    raise ValueError(
-        f"{name} needs {', '.join(sorted(needed))}, which this comparison cannot give."
-    )
+    costs: dict[str, Cost] = {}
+    if with_costs:
+        costs = measure_costs(names, tasks, key=key, on_system=on_cost)
+    return Comparison(tasks, higher, num_epochs, single, outcomes, costs)
 
 
 class _Lanes(NamedTuple):
@@ -206,67 +185,43 @@ class _Lanes(NamedTuple):
         return Outcome(rate, self.test[best], record)
 
 
-def _network(tasks: tuple[str, ...], keys: Key[Array, " seeds"]) -> _Network:
-    init, loss_fn, metric_fn = make_digits(tasks)
-    # Not under jit: the layers' random draws compile one by one and only once for all
-    # networks, which takes a tenth of the time.
-    params = jax.tree.map(lambda *x: jnp.stack(x), *[init(key) for key in keys])
-    measure = jax.jit(jax.vmap(metric_fn, in_axes=(0, None)))
-    return _Network(tasks, keys, params, loss_fn, measure)
-
-
 def _train_lanes(
-    network: _Network,
+    system: System,
+    start: Any,
+    keys: Key[Array, " seeds"],
+    tasks: tuple[str, ...],
     data: _Data,
-    combiner: Combiner,
     rates: Float[np.ndarray, " rates"],
     num_epochs: int,
     on_epoch: Callable[..., None],
-    extras: Callable[[Key[Array, ""]], Mapping[str, Any]] | None = None,
 ) -> _Lanes:
-    num_rates, num_seeds = len(rates), len(network.keys)
-    shared = shared_only(combiner, encoder_mask)
-
-    def chain(rate: Any) -> optax.GradientTransformationExtraArgs:
-        # The rate stands in the state, so that runs under `vmap` can differ in it.
-        adam = optax.inject_hyperparams(optax.adam)(learning_rate=rate)
-        return optax.chain(shared, adam)
-
+    num_rates, num_seeds = len(rates), len(keys)
     # Indexing copies, also where there is only one rate: what trains is donated, and
     # the next method starts from the same parameters.
     seed = jnp.tile(jnp.arange(num_seeds), num_rates)
-    states = jax.vmap(lambda p, rate, key: init_state(p, chain(rate), key))(
-        jax.tree.map(lambda x: x[seed], network.params),
+    states = jax.vmap(system.init)(
+        jax.tree.map(lambda x: x[seed], start),
         jnp.repeat(jnp.asarray(rates), num_seeds),
-        network.keys[seed],
-    )
-    epoch = make_epoch(
-        network.loss_fn,
-        chain(0.0),
-        BATCH_SIZE,
-        # A lazy Gramian goes forward again for every column. For a few tasks of so
-        # small a network it is cheaper to keep the rows.
-        stacked=True,
-        look_at=encoder_mask if len(network.tasks) > 1 else None,
-        look_every=LOOK_EVERY,
-        extras=extras,
+        keys[seed],
     )
     states, record = train(
-        epoch,
+        system.epoch,
         states,
         data.train,
         num_epochs,
         over_seeds=True,
         donate=True,
         on_epoch=on_epoch,
+        numbered=True,
     )
+    measure = jax.jit(jax.vmap(system.measure, in_axes=(0, None)))
 
     def by_lane(x: Array) -> np.ndarray:
         return np.asarray(x).reshape(num_rates, num_seeds, *x.shape[1:])
 
     def measured(pairs: Pairs) -> np.ndarray:
-        values = network.measure(states.params, pairs)
-        return by_lane(jnp.stack([values[task] for task in network.tasks], axis=-1))
+        values = measure(states, pairs)
+        return by_lane(jnp.stack([values[task] for task in tasks], axis=-1))
 
     return _Lanes(
         measured(data.validation),

@@ -199,6 +199,8 @@ def plot_cosines(found: Comparison) -> Figure:
     for axis, (i, j) in zip(axes, pairs, strict=True):
         _grid(axis)
         for name, outcome in found.methods.items():
+            if outcome.record.gramians is None:
+                continue
             gramians = np.asarray(outcome.record.gramians)
             cosines = np.asarray(cosine_matrix(gramians))[..., i, j]
             drawn = _draw(axis, found, cosines, _style(found, name)[0])

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mtl_optax.examples.comparison import Comparison
+from mtl_optax.examples.costs import Cost
 from mtl_optax.examples.models import classifies
 from mtl_optax.metrics import (
     clear_winner,
@@ -42,7 +43,9 @@ class Row(NamedTuple):
       gain: Delta_m in percent; positive is better than single-task training.
       worst: change of the task that lost most, in percent, in the same sense.
       rank: mean rank among the methods.
-      conflicts: share of looked-at steps with conflicting task gradients, in percent.
+      conflicts: share of looked-at steps with conflicting task gradients, in percent;
+        None where no one set of task gradients was looked at.
+      cost: seconds and memory of a step; None if not measured.
     """
 
     name: str
@@ -51,7 +54,8 @@ class Row(NamedTuple):
     gain: Estimate
     worst: Estimate
     rank: Estimate
-    conflicts: float
+    conflicts: float | None
+    cost: Cost | None
 
 
 def estimate(values: Float[np.ndarray, " seeds"]) -> Estimate:
@@ -79,9 +83,12 @@ def make_rows(found: Comparison) -> list[Row]:
     rows = []
     for number, (name, outcome) in enumerate(found.methods.items()):
         changes = _changes(found, outcome.test)
-        conflicts = share_of_conflicting_steps(
-            np.asarray(outcome.record.gramians), tol=_CONFLICT_TOLERANCE, axis=1
-        )
+        conflicts = None
+        if outcome.record.gramians is not None:
+            share = share_of_conflicting_steps(
+                np.asarray(outcome.record.gramians), tol=_CONFLICT_TOLERANCE, axis=1
+            )
+            conflicts = 100 * float(np.mean(share))
         rows.append(
             Row(
                 name=name,
@@ -90,7 +97,8 @@ def make_rows(found: Comparison) -> list[Row]:
                 gain=estimate(changes.mean(axis=1)),
                 worst=estimate(changes.min(axis=1)),
                 rank=estimate(ranks[:, number]),
-                conflicts=100 * float(np.mean(conflicts)),
+                conflicts=conflicts,
+                cost=found.costs.get(name),
             )
         )
     return rows
@@ -140,6 +148,10 @@ def format_table(
     single.append(" / ".join(f"{found.single[t].learning_rate:g}" for t in found.tasks))
     if len(rates) == 1:
         single[-1] = f"{rates.pop():g}"
+    if found.costs:
+        header += ["time", "memory"]
+        better += ["", ""]
+        single += ["-", "-"]
     lines = [header, ["better:", *better[1:]], single]
     for row in rows:
         lines.append(
@@ -149,10 +161,12 @@ def format_table(
                 cell(row.gain, 1, "+"),
                 cell(row.worst, 1, "+"),
                 cell(row.rank, 1),
-                f"{row.conflicts:.0f}",
+                "-" if row.conflicts is None else f"{row.conflicts:.0f}",
                 f"{row.learning_rate:g}",
             ]
         )
+        if row.cost is not None:
+            lines[-1] += [f"{row.cost.ratio:.1f} x", f"{row.cost.megabytes:.1f} MB"]
     return align(lines, rule_after=(1, 2))
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from mtl_optax import gramian, task_jacobian, value_and_task_grads
 
@@ -111,15 +111,8 @@ def make_epoch(
     jacobian = (value_and_task_grads if stacked else task_jacobian)(loss_fn)
 
     def epoch(state: TrainState, data: PyTree[Array]) -> tuple[TrainState, Record]:
-        size = jax.tree.leaves(data)[0].shape[0]
-        steps = size // batch_size
-        if steps == 0:
-            raise ValueError(
-                f"the data hold {size} examples, less than one minibatch of "
-                f"{batch_size}."
-            )
         order_key, extras_key, next_key = jax.random.split(state.key, 3)
-        order = jax.random.permutation(order_key, size)[: steps * batch_size]
+        batches = draw_batches(order_key, data, batch_size)
 
         def step(
             carry: tuple[PyTree[Array], Any], now: tuple[Array, Array]
@@ -148,9 +141,8 @@ def make_epoch(
             record = Record(losses, _task_weights(opt_state), look)
             return (optax.apply_updates(params, updates), opt_state), record
 
-        batches = order.reshape(steps, batch_size)
         (params, opt_state), record = lax.scan(
-            step, (state.params, state.opt_state), (jnp.arange(steps), batches)
+            step, (state.params, state.opt_state), (jnp.arange(len(batches)), batches)
         )
         if record.gramians is not None:
             record = record._replace(gramians=record.gramians[::look_every])
@@ -159,20 +151,95 @@ def make_epoch(
     return epoch
 
 
+def make_step_epoch(
+    step: Callable[..., tuple[PyTree[Array], Any, Array]], batch_size: int
+) -> Callable[[TrainState, PyTree[Array]], tuple[TrainState, Record]]:
+    """One pass over the data by a step that does everything itself.
+
+    For `mtl_optax.look_ahead_steps` and `mtl_optax.sequential_task_steps`, whose steps
+    are more than one update.
+
+    Args:
+      step: ``(params, opt_state, batch) -> (params, opt_state, losses)``.
+      batch_size: examples a step.
+
+    Returns:
+      ``epoch(state, data) -> (state, Record)``, as `make_epoch` does.
+
+    Raises:
+      ValueError: when the data hold less than one minibatch, or a size is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import mtl_optax as mtl
+      >>> from mtl_optax.examples.trainer import init_state, make_step_epoch
+      >>> def loss_fn(params, batch):
+      ...     return (jnp.mean((params - batch) ** 2), params**2)
+      >>> tx = optax.sgd(0.1)
+      >>> step = mtl.sequential_task_steps(loss_fn, tx, num_tasks=2)
+      >>> state = init_state(jnp.array(0.0), tx, jax.random.key(0))
+      >>> state, record = jax.jit(make_step_epoch(step, 4))(state, jnp.ones(20))
+      >>> record.losses.shape
+      (5, 2)
+    """
+
+    def epoch(state: TrainState, data: PyTree[Array]) -> tuple[TrainState, Record]:
+        order_key, next_key = jax.random.split(state.key)
+        batches = draw_batches(order_key, data, batch_size)
+
+        def body(carry: tuple[Any, Any], chosen: Array) -> tuple[Any, Array]:
+            batch = jax.tree.map(lambda x: x[chosen], data)
+            params, opt_state, losses = step(*carry, batch)
+            return (params, opt_state), losses
+
+        carry = (state.params, state.opt_state)
+        (params, opt_state), losses = lax.scan(body, carry, batches)
+        return TrainState(params, opt_state, next_key), Record(losses, None, None)
+
+    return epoch
+
+
+def draw_batches(
+    key: Key[Array, ""], data: PyTree[Array], batch_size: int
+) -> Int[Array, "steps batch"]:
+    """Places of the examples of every minibatch, drawn without replacement.
+
+    Raises:
+      ValueError: when the data hold less than one minibatch, or a size is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtl_optax.examples.trainer import draw_batches
+      >>> draw_batches(jax.random.key(0), jnp.zeros((10, 3)), 4).shape
+      (2, 4)
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    size = jax.tree.leaves(data)[0].shape[0]
+    steps = size // batch_size
+    if steps == 0:
+        raise ValueError(
+            f"the data hold {size} examples, less than one minibatch of {batch_size}."
+        )
+    order = jax.random.permutation(key, size)[: steps * batch_size]
+    return order.reshape(steps, batch_size)
+
+
 def train(
-    epoch: Callable[[TrainState, PyTree[Array]], tuple[TrainState, Record]],
-    state: TrainState,
+    epoch: Callable[..., tuple[Any, Record]],
+    state: Any,
     data: PyTree[Array],
     num_epochs: int,
     *,
     over_seeds: bool = False,
     donate: bool = False,
     on_epoch: Callable[[int, Record], None] | None = None,
-) -> tuple[TrainState, Record]:
+    numbered: bool = False,
+) -> tuple[Any, Record]:
     """Runs a function of `make_epoch` over and over, compiled once.
 
     Args:
-      epoch: what `make_epoch` returned.
+      epoch: what `make_epoch` returned, or another of its form.
       state: what `init_state` returned; with `over_seeds`, made under `vmap`.
       data: see `make_epoch`.
       num_epochs: at least 1.
@@ -180,6 +247,8 @@ def train(
       donate: gives the memory of `state` away: it cannot be used afterwards.
       on_epoch: called on the host with the epoch's number (from 1) and its record,
         between compiled calls.
+      numbered: `epoch` takes the epoch's number, from 0, as a third argument; it is the
+        same for all runs.
 
     Returns:
       the last state and the record of all steps, steps on axis 0 (1 with `over_seeds`).
@@ -203,11 +272,12 @@ def train(
     if num_epochs < 1:
         raise ValueError(f"num_epochs must be at least 1, got {num_epochs}.")
     if over_seeds:
-        epoch = jax.vmap(epoch, in_axes=(0, None))
+        epoch = jax.vmap(epoch, in_axes=(0, None, None) if numbered else (0, None))
     compiled = jax.jit(epoch, donate_argnums=(0,) if donate else ())
     records = []
     for number in range(1, num_epochs + 1):
-        state, record = compiled(state, data)
+        more = (jnp.asarray(number - 1, jnp.int32),) if numbered else ()
+        state, record = compiled(state, data, *more)
         records.append(record)
         if on_epoch is not None:
             on_epoch(number, jax.block_until_ready(record))

@@ -72,14 +72,8 @@ def task_jacobian(
       >>> tx = mtl.mgda(num_tasks=2)
       >>> updates, state = tx.update(task_grads, tx.init(params), params)
     """
-    if mode is not None and mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {get_args(Mode)} or None, got {mode!r}.")
+    check_options(mode, in_axes)
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    if in_axes is not None and not isinstance(in_axes, (tuple, list)):
-        raise TypeError(
-            "in_axes must be a tuple with one entry a positional argument, such as "
-            f"(None, 0): the parameters are shared; got {in_axes!r}."
-        )
 
     def losses_and_task_grads(*args: Any, **kwargs: Any) -> Any:
         for position in chosen:
@@ -197,27 +191,7 @@ def _separate(
     in_axes: tuple[Any, ...],
     at: Sequence[int],
 ) -> tuple[Array, Any, SeparateJacobian]:
-    if len(in_axes) != len(args):
-        raise ValueError(
-            f"in_axes has {len(in_axes)} entries for {len(args)} positional arguments."
-        )
-    for position in at:
-        if in_axes[position] is not None:
-            raise ValueError(
-                f"in_axes[{position}] must be None: argument {position} holds the "
-                f"parameters, which all tasks share; got {in_axes[position]!r}."
-            )
-    mapped = [i for i, axis in enumerate(in_axes) if axis is not None]
-    if not mapped:
-        raise ValueError(
-            "in_axes maps no argument over tasks; expected e.g. (None, 0), got "
-            f"{in_axes}."
-        )
-    # Moves every mapped axis to the front once, so that all modes index alike.
-    batches = [
-        jax.vmap(lambda x: x, in_axes=(in_axes[i],))(jax.tree.map(jnp.asarray, args[i]))
-        for i in mapped
-    ]
+    mapped, batches = batches_by_task(args, in_axes, at)
 
     def loss_and_aux(params: PyTree[Array], batch: Any) -> tuple[Array, Any]:
         merged = list(args)
@@ -243,6 +217,45 @@ def _separate(
         leaves=tuple(range(len(jax.tree.leaves(params)))),
     )
     return losses, aux, operator
+
+
+def check_options(mode: Mode | None, in_axes: Any) -> None:
+    """Raises unless `mode` and `in_axes` are what every entry point takes."""
+    if mode is not None and mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {get_args(Mode)} or None, got {mode!r}.")
+    if in_axes is not None and not isinstance(in_axes, (tuple, list)):
+        raise TypeError(
+            "in_axes must be a tuple with one entry a positional argument, such as "
+            f"(None, 0): the parameters are shared; got {in_axes!r}."
+        )
+
+
+def batches_by_task(
+    args: Sequence[Any], in_axes: tuple[Any, ...], at: Sequence[int]
+) -> tuple[list[int], list[Any]]:
+    """Which arguments are mapped, and those arguments with the task axis first."""
+    if len(in_axes) != len(args):
+        raise ValueError(
+            f"in_axes has {len(in_axes)} entries for {len(args)} positional arguments."
+        )
+    for position in at:
+        if in_axes[position] is not None:
+            raise ValueError(
+                f"in_axes[{position}] must be None: argument {position} holds the "
+                f"parameters, which all tasks share; got {in_axes[position]!r}."
+            )
+    mapped = [i for i, axis in enumerate(in_axes) if axis is not None]
+    if not mapped:
+        raise ValueError(
+            "in_axes maps no argument over tasks; expected e.g. (None, 0), got "
+            f"{in_axes}."
+        )
+    # Moves every mapped axis to the front once, so that all modes index alike.
+    batches = [
+        jax.vmap(lambda x: x, in_axes=(in_axes[i],))(jax.tree.map(jnp.asarray, args[i]))
+        for i in mapped
+    ]
+    return mapped, batches
 
 
 def _split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:

@@ -20,14 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mtl_optax._transform import (
-    Combiner,
-    Scale,
-    check_choice,
-    check_count,
-    check_nonnegative,
-    from_weighting,
-)
+from mtl_optax._arguments import check_choice, check_count, check_nonnegative
+from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._tree import HIGHEST
 from mtl_optax._types import DType, Gramian, Losses, TaskMask, Weighting, Weights
 from mtl_optax.solvers import central_direction, centred_rows

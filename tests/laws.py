@@ -61,8 +61,8 @@ def _quick_options():
     return {}
 
 
-def quick_jit(function):
-    return jax.jit(function, compiler_options=_quick_options())
+def quick_jit(function, **options):
+    return jax.jit(function, compiler_options=_quick_options(), **options)
 
 
 # ------------------------------------------------------------- trees and flat rows

@@ -5,6 +5,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -183,7 +184,7 @@ def test_a_wrong_task_is_refused(make, task, error, message):
 def test_a_traced_task_and_wrong_inputs_are_refused(make):
     layer = make()
     with pytest.raises(TypeError, match="must be a Python int, got a traced"):
-        jax.jit(lambda task: layer(jnp.ones((2, C)), task))(0)
+        laws.quick_jit(lambda task: layer(jnp.ones((2, C)), task))(0)
     with pytest.raises(ValueError, match=r"\[\.\.\., 4\].*got \(2, 3\)"):
         layer(np.ones((2, 3)), 0)
     with pytest.raises(ValueError, match="empty"):
@@ -307,10 +308,10 @@ def test_task_jacobians_scans_and_seeds(kind):
         return jax.lax.scan(step, (params, stats, tx.init(params)), xs)
 
     keys = jax.random.split(jax.random.key(0), 3)
-    (params, stats, _), losses = jax.jit(jax.vmap(train))(keys)
+    (params, stats, _), losses = laws.quick_jit(jax.vmap(train))(keys)
     assert losses.shape == (3, 4, 2)
     assert np.isfinite(losses).all()
-    (alone, own, _), _ = jax.jit(train)(keys[1])
+    (alone, own, _), _ = laws.quick_jit(train)(keys[1])
     for many, one in zip(
         jax.tree.leaves((params, stats)), jax.tree.leaves((alone, own)), strict=True
     ):

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import optax
 import pytest
@@ -49,16 +50,20 @@ def assert_close(ours, wanted, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * size)
 
 
-def stacked(*args, **kwargs):
-    """`look_ahead_jacobian`, compiled, with its rows as arrays."""
+def with_rows(*args, **kwargs):
+    """`look_ahead_jacobian` with its rows as arrays."""
     function = mtl.look_ahead_jacobian(*args, **kwargs)
 
-    @jax.jit
     def losses_and_rows(*args, **kwargs):
         value, task_grads = function(*args, **kwargs)
         return value, mtl.materialize(task_grads)
 
     return losses_and_rows
+
+
+def stacked(*args, **kwargs):
+    """The same, compiled."""
+    return laws.quick_jit(with_rows(*args, **kwargs))
 
 
 # ------------------------------------------------------------------- the tanh procedure
@@ -168,7 +173,7 @@ def test_steps_follow_the_recorded_procedure(case_of, name):
         heads_first=case["heads_first"],
         first_order=not case["second_order"],
     )
-    state, step = init(params), jax.jit(step)
+    state, step = init(params), laws.quick_jit(step)
     for wanted in case["steps"]:
         before = params
         params, state, losses = step(params, state, x, y)
@@ -240,7 +245,7 @@ def test_recorded_quadratic(case_of, first_order):
         shared=True,
         first_order=first_order,
     )
-    s, _, _ = jax.jit(step)(s, init(s))
+    s, _, _ = laws.quick_jit(step)(s, init(s))
     assert_close(s, np.array(case[f"s1_{order}"]), 1e-12)
 
 
@@ -439,7 +444,7 @@ def test_forms_and_modes_agree(form, mode):
     params, batch = net()
     look = mtl.look_ahead_jacobian(FORMS[form], 0.3, shared=MASK, mode=mode)
 
-    @jax.jit
+    @laws.quick_jit
     def run(params, batch):
         losses, task_grads = look(params, batch)
         total = mtl.weighted_sum(jnp.array([1.0, -2.0, 0.5]), task_grads)
@@ -489,7 +494,7 @@ def test_one_batch_a_task(other_batch, mode):
     )
     weights = jnp.array([1.0, -2.0, 0.5])
 
-    @jax.jit
+    @laws.quick_jit
     def run(params, batch, scale):
         losses, task_grads = look(params, batch, scale)
         total = mtl.weighted_sum(weights, task_grads)
@@ -534,7 +539,7 @@ def test_lazy_is_stacked(name, num_tasks):
     tx = COMBINERS[name](num_tasks)
     look = mtl.look_ahead_jacobian(net_losses, 0.2, shared=MASK)
 
-    @jax.jit
+    @laws.quick_jit
     def both(params, batch):
         losses, lazy = look(params, batch)
         state = tx.init(params)
@@ -602,7 +607,7 @@ def test_compiles_once_and_agrees_with_scan():
         return net_losses(params, batch)
 
     tx, step = trainer(loss_fn)
-    jitted, state = jax.jit(step), tx.init(params)
+    jitted, state = laws.quick_jit(step), tx.init(params)
     p, s, _ = jitted(params, state, batch)
     after_one = len(traces)
     for _ in range(3):
@@ -622,7 +627,7 @@ def test_cond_vmap_and_donation():
     params, batch = net()
     look = mtl.look_ahead_jacobian(net_losses, 0.1, shared=MASK)
 
-    @jax.jit
+    @laws.quick_jit
     def inside_cond(params, batch, pred):
         _, task_grads = look(params, batch)
         return jax.lax.cond(
@@ -640,28 +645,31 @@ def test_cond_vmap_and_donation():
     many = jax.tree.map(lambda *x: jnp.stack(x), *seeds)
     tx, step = trainer(net_losses)
     states = jax.vmap(tx.init)(many)
-    jitted = jax.jit(step)
-    ours, _, _ = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))(many, states, batch)
+    jitted = laws.quick_jit(step)
+    ours, _, _ = laws.quick_jit(jax.vmap(step, in_axes=(0, 0, None)))(
+        many, states, batch
+    )
     for i, seed in enumerate(seeds):
         wanted, _, _ = jitted(seed, tx.init(seed), batch)
         assert_close(jax.tree.map(lambda x, i=i: x[i], ours), wanted, 1e-5)
 
     donated = jax.tree.map(jnp.array, params)
-    p, _, _ = jax.jit(step, donate_argnums=(0, 1))(donated, tx.init(params), batch)
+    p, _, _ = laws.quick_jit(step, donate_argnums=(0, 1))(
+        donated, tx.init(params), batch
+    )
     assert_close(p, jax.tree.map(lambda x: x[0], ours), 1e-5)
 
 
 def test_traced_learning_rate():
     params, batch = net()
 
-    @jax.jit
-    def run(rate):
-        return stacked(net_losses, rate, shared=MASK)(params, batch)
+    def with_rate(rate):
+        return with_rows(net_losses, rate, shared=MASK)(params, batch)
 
-    assert_close(run(jnp.float32(0.3)), reference(), 1e-5)
+    assert_close(laws.quick_jit(with_rate)(jnp.float32(0.3)), reference(), 1e-5)
     rates = jnp.array([0.0, 0.3])
     plain = mtl.value_and_task_grads(net_losses)(params, batch)
-    both = jax.vmap(run)(rates)
+    both = laws.quick_jit(jax.vmap(with_rate))(rates)
     for i, wanted in enumerate((plain, reference())):
         assert_close(jax.tree.map(lambda x, i=i: x[i], both), wanted, 1e-5)
 
@@ -670,9 +678,9 @@ def test_inner_batch_may_be_traced():
     params, batch = net()
     other = (normal((9, 4), 70), normal((3, 9), 71))
 
-    @jax.jit
+    @laws.quick_jit
     def run(batch, inner):
-        look = stacked(net_losses, 0.3, shared=MASK, inner_batch=inner)
+        look = with_rows(net_losses, 0.3, shared=MASK, inner_batch=inner)
         return look(params, batch)
 
     wanted = stacked(net_losses, 0.3, shared=MASK, inner_batch=other)(params, batch)
@@ -690,7 +698,7 @@ def test_dtypes_are_kept(dtype, rate):
     low["trunk"]["b"] = params["trunk"]["b"]  # mixed precision
     look = mtl.look_ahead_jacobian(net_losses, rate, shared=MASK)
 
-    @jax.jit
+    @laws.quick_jit
     def run(low):
         losses, task_grads = look(low, batch)
         total = mtl.weighted_sum(jnp.ones(3), task_grads)
@@ -722,7 +730,7 @@ def test_a_broken_task_stays_alone(num_tasks):
     look = mtl.look_ahead_jacobian(breaking, 0.1, shared=MASK, mode="unroll")
     tx = mtl.skip_nonfinite_tasks(mtl.mean(num_tasks))
 
-    @jax.jit
+    @laws.quick_jit
     def run(params):
         losses, lazy = look(params, batch)
         assert lazy["trunk"]["w"].operator.isolates
@@ -745,7 +753,7 @@ def test_isolation_is_promised_only_where_it_holds():
     for loss_fn, mode in ((array_losses, None), (net_losses, "vmap")):
         look = mtl.look_ahead_jacobian(loss_fn, 0.1, mode=mode)
 
-        @jax.jit
+        @laws.quick_jit
         def whole_step(params, look=look):
             _, task_grads = look(params, batch)
             assert not task_grads["trunk"]["w"].operator.isolates
@@ -759,7 +767,7 @@ def test_isolation_is_promised_only_where_it_holds():
             one_loss, 0.1, in_axes=(None, 0, None), mode=mode
         )
 
-        @jax.jit
+        @laws.quick_jit
         def rows_of(apart, look=look):
             _, task_grads = look(apart, broken, 1.0)
             assert task_grads["w"].operator.isolates
@@ -877,7 +885,7 @@ def test_flax_nnx():
     losses, rows = stacked(loss_fn, 0.1, shared=mask)(params, x)
     assert jax.tree.structure(rows) == treedef
 
-    @jax.jit
+    @laws.quick_jit
     def by_hand(leaves):  # on a plain list of leaves
         def loss(leaves, task):
             return loss_fn(jax.tree.unflatten(treedef, leaves), x)[task]
@@ -940,7 +948,7 @@ def test_training_lowers_every_loss_under_scan(heads_first):
         params, state, losses = step(*carry, batch)
         return (params, state), losses
 
-    run = jax.jit(lambda c: jax.lax.scan(body, c, None, length=150))
+    run = laws.quick_jit(lambda c: jax.lax.scan(body, c, None, length=150))
     (trained, state), history = run((params, init(params)))
     before, after = array_losses(params, batch), array_losses(trained, batch)
     assert np.all(after < 0.6 * before)
@@ -991,7 +999,7 @@ def test_all_shared_leaves_nothing_to_the_heads():
     init, step = mtl.look_ahead_steps(
         net_losses, 0.3, mtl.sum_tasks(3), optax.adam(1.0), shared=True
     )
-    new, _, losses = jax.jit(step)(params, init(params), batch)
+    new, _, losses = laws.quick_jit(step)(params, init(params), batch)
     wanted, rows = stacked(net_losses, 0.3)(params, batch)
     assert_close(losses, wanted, 1e-5)
     moved = jax.tree.map(lambda a, b: a - b, new, params)
@@ -1004,7 +1012,9 @@ def test_inner_batch_of_a_step():
     init, step = mtl.look_ahead_steps(
         net_losses, 0.3, mtl.sum_tasks(3), optax.sgd(0.0), shared=MASK
     )
-    new, _, losses = jax.jit(step)(params, init(params), batch, inner_batch=other)
+    new, _, losses = laws.quick_jit(step)(
+        params, init(params), batch, inner_batch=other
+    )
     wanted = stacked(net_losses, 0.3, shared=MASK, inner_batch=other)(params, batch)
     assert_close(losses, wanted[0], 1e-5)
     moved = jax.tree.map(lambda a, b: a - b, new["trunk"], params["trunk"])
@@ -1029,7 +1039,7 @@ def test_an_absent_task_is_as_if_it_did_not_exist(heads_first):
             shared=MASK,
             heads_first=heads_first,
         )
-        compiled = jax.jit(step)
+        compiled = laws.quick_jit(step)
         return [compiled(params, init(params), b, **kwargs)[0] for b in batches]
 
     (wanted,) = run(two, 2, [(x, y)])
@@ -1044,7 +1054,7 @@ def test_steps_with_one_batch_a_task():
     mask = {"w": True, "heads": False}
     loss_fn = lambda p, b: one_loss(p, b, 1.0)  # noqa: E731
     init, step = steps_of(loss_fn, shared=mask, in_axes=(None, 0))
-    state, step = init(params), jax.jit(step)
+    state, step = init(params), laws.quick_jit(step)
     first = last = None
     for _ in range(60):
         params, state, last = step(params, state, batch)

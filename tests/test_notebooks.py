@@ -28,9 +28,7 @@ LONG = {"02_four_systems"}
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(
-            path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)
-        )
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG))
         for path in NOTEBOOKS
     ],
 )

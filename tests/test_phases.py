@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import optax
 import pytest
@@ -142,7 +143,7 @@ RUNS = {
 
 def run(tx, params, xs, ys, form="tuple", **options):
     function, in_axes = FORMS[form] if isinstance(form, str) else form
-    step = jax.jit(
+    step = laws.quick_jit(
         mtl.sequential_task_steps(function, tx, T, in_axes=in_axes, **options)
     )
     params = jax.tree.map(jnp.asarray, params)
@@ -188,12 +189,14 @@ def test_one_batch_a_task(x64):
     )
     params = jax.tree.map(jnp.asarray, params)
     results = [
-        jax.jit(step)(params, tx.init(params), both[0], ys[0])
+        laws.quick_jit(step)(params, tx.init(params), both[0], ys[0])
         for step in (separate, joint)
     ]
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-14)
-    scaled = jax.jit(separate)(params, tx.init(params), both[0], ys[0], scale=3.0)
+    scaled = laws.quick_jit(separate)(
+        params, tx.init(params), both[0], ys[0], scale=3.0
+    )
     np.testing.assert_allclose(scaled[2][0], 3 * results[0][2][0])
 
 
@@ -267,7 +270,7 @@ def test_one_task_is_ordinary_training():
     params, xs, ys = problem()
     params = jax.tree.map(jnp.asarray, params)
     tx = optax.adamw(1e-2, weight_decay=0.1)
-    step = jax.jit(mtl.sequential_task_steps(lambda *a: loss_fn(*a)[:1], tx, 1))
+    step = laws.quick_jit(mtl.sequential_task_steps(lambda *a: loss_fn(*a)[:1], tx, 1))
     state = tx.init(params)
     found, found_state, losses = step(params, state, xs[0], ys[0])
     loss, grads = jax.value_and_grad(loss_of)(params, 0, xs[0], ys[0, 0])
@@ -317,9 +320,9 @@ def test_scan_cond_and_vmap_agree_with_a_loop():
 
     params = jax.tree.map(jnp.asarray, params)
     xs, ys = jnp.asarray(xs), jnp.asarray(ys)
-    found, losses = jax.jit(train)(params, xs, ys)
+    found, losses = laws.quick_jit(train)(params, xs, ys)
     many = jax.tree.map(lambda x: jnp.stack([2 * x, x]), params)
-    batched, _ = jax.jit(jax.vmap(train, in_axes=(0, None, None)))(many, xs, ys)
+    batched, _ = laws.quick_jit(jax.vmap(train, in_axes=(0, None, None)))(many, xs, ys)
     np.testing.assert_allclose(losses[-1], last, rtol=1e-5)
     for leaf in TOUCHES:
         np.testing.assert_allclose(found[leaf], expected[leaf], rtol=1e-5)
@@ -337,7 +340,7 @@ def test_the_second_step_compiles_nothing():
         traces += 1
         return loss_fn(*args)
 
-    step = jax.jit(mtl.sequential_task_steps(counted, tx, T))
+    step = laws.quick_jit(mtl.sequential_task_steps(counted, tx, T))
     state = tx.init(params)
     for _ in range(3):
         params, state, _ = step(params, state, xs[0], ys[0])
@@ -471,7 +474,7 @@ def test_which_tasks_touch_what():
     shared = mtl.shared_mask(loss_fn, params, xs[0], ys[0])
     assert shared == {name: all(tasks) for name, tasks in TOUCHES.items()}
     with pytest.raises(TypeError, match="task_touches needs concrete"):
-        jax.jit(lambda p: mtl.task_touches(loss_fn, p, xs[0], ys[0]))(params)
+        laws.quick_jit(lambda p: mtl.task_touches(loss_fn, p, xs[0], ys[0]))(params)
     with pytest.raises(ValueError, match="task_touches: the Jacobian is zero"):
         mtl.task_touches(lambda p: (jnp.sum(0 * p), jnp.sum(0 * p)), jnp.ones(2))
 
@@ -485,7 +488,7 @@ EPOCHS, STEPS = 10, 2000
 def draws():
     key = jax.random.key(11)
 
-    @jax.jit
+    @laws.quick_jit
     def row(epoch):
         return jax.vmap(lambda step: mtl.phase_schedule(key, epoch, EPOCHS, step=step))(
             jnp.arange(STEPS)
@@ -524,7 +527,7 @@ def test_draws_are_repeatable_and_differ(draws):
 
 def test_legacy_keys_traced_numbers_and_x64_draw_alike(x64):
     typed, legacy = jax.random.key(3), jax.random.PRNGKey(3)
-    traced = jax.jit(lambda *n: mtl.phase_schedule(typed, *n[:2], step=n[2]))
+    traced = laws.quick_jit(lambda *n: mtl.phase_schedule(typed, *n[:2], step=n[2]))
     for step in range(20):
         plain = mtl.phase_schedule(typed, 2, 4, step=step)
         assert plain == mtl.phase_schedule(legacy, 2, 4, step=step)
@@ -536,7 +539,7 @@ def test_one_compiled_step_serves_both_phases(per_batch):
     key = jax.random.key(0)
     traces = 0
 
-    @jax.jit
+    @laws.quick_jit
     def phase_of(epoch, step):
         nonlocal traces
         traces += 1

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import optax
 import pytest
@@ -35,12 +36,12 @@ EPOCHS = 8
 
 @pytest.fixture(scope="module")
 def start(dense):
-    return jax.jit(lambda key: task_norm.init_mixed_state(dense, TX, key))
+    return laws.quick_jit(lambda key: task_norm.init_mixed_state(dense, TX, key))
 
 
 @pytest.fixture(scope="module")
 def epoch(dense):
-    return jax.jit(task_norm.make_mixed_epoch(dense, TX, 16, EPOCHS))
+    return laws.quick_jit(task_norm.make_mixed_epoch(dense, TX, 16, EPOCHS))
 
 
 def few(pairs, count):
@@ -58,12 +59,12 @@ def test_the_convolutional_network_learns_both_tasks_in_one_compilation(pairs):
         traces += 1
         return problem.loss_fn(*args)
 
-    start = jax.jit(lambda key: task_norm.init_mixed_state(problem, TX, key))
+    start = laws.quick_jit(lambda key: task_norm.init_mixed_state(problem, TX, key))
     state = start(jax.random.key(1))
-    epoch = jax.jit(
+    epoch = laws.quick_jit(
         task_norm.make_mixed_epoch(problem._replace(loss_fn=counted), TX, 32, EPOCHS)
     )
-    metric_fn = jax.jit(problem.metric_fn)
+    metric_fn = laws.quick_jit(problem.metric_fn)
     before = metric_fn(state.params, state.stats, pairs)
     records, seen = [], []
     for number in range(EPOCHS):
@@ -107,7 +108,7 @@ def test_phases_are_shared_out_as_scheduled():
     epochs, steps = 6, 400
     tx = optax.sgd(1e-6)
     state = task_norm.init_mixed_state(problem, tx, jax.random.key(0))
-    epoch = jax.jit(task_norm.make_mixed_epoch(problem, tx, 1, epochs))
+    epoch = laws.quick_jit(task_norm.make_mixed_epoch(problem, tx, 1, epochs))
     firsts = []
     for number in range(epochs):
         state, record = epoch(state, jnp.ones(steps), number, PHASE_KEY)
@@ -118,7 +119,7 @@ def test_phases_are_shared_out_as_scheduled():
     expected = (epochs + 1) / (2 * epochs)
     assert abs(np.mean(firsts) - expected) < 4 * np.sqrt((sigma**2).sum()) / epochs
     np.testing.assert_array_equal(state.stats["mean"], epochs * steps)
-    whole = jax.jit(task_norm.make_mixed_epoch(problem, tx, 1, 2, draw="epoch"))
+    whole = laws.quick_jit(task_norm.make_mixed_epoch(problem, tx, 1, 2, draw="epoch"))
     for number in range(3):
         phase = whole(state, jnp.ones(50), number, PHASE_KEY)[1].phase_1
         assert phase.all() or not phase.any()
@@ -166,7 +167,7 @@ def by_hand(problem):
         updates, opt_state = TX.update(combined, opt_state, params)
         return optax.apply_updates(params, updates), stats, opt_state, differs
 
-    return jax.jit(phase_1), jax.jit(phase_2)
+    return laws.quick_jit(phase_1), laws.quick_jit(phase_2)
 
 
 def test_an_epoch_is_what_its_parts_do_step_by_step(pairs, dense, start, epoch):
@@ -213,7 +214,7 @@ def test_seeds_share_their_phases_and_pay_for_one():
     keys = jax.random.split(jax.random.key(2), 2)
     states = jax.vmap(lambda k: task_norm.init_mixed_state(problem, TX, k))(keys)
     epoch = task_norm.make_mixed_epoch(problem, TX, 2, EPOCHS)
-    together = jax.jit(jax.vmap(epoch, in_axes=(0, None, None, None)))
+    together = laws.quick_jit(jax.vmap(epoch, in_axes=(0, None, None, None)))
     traced = together.trace(states, jnp.ones(40), 4, PHASE_KEY)
     assert " cond[" in str(traced.jaxpr)  # a branch still, not a selection
     found, record = together(states, jnp.ones(40), 4, PHASE_KEY)
@@ -221,7 +222,7 @@ def test_seeds_share_their_phases_and_pay_for_one():
     assert 0 < record.phase_1[0].mean() < 1
     np.testing.assert_array_equal(record.phase_1[0], record.phase_1[1])
     own = jax.tree.map(lambda x: x[1], states)
-    alone, _ = jax.jit(epoch)(own, jnp.ones(40), 4, PHASE_KEY)
+    alone, _ = laws.quick_jit(epoch)(own, jnp.ones(40), 4, PHASE_KEY)
     np.testing.assert_allclose(found.params["w"][1], alone.params["w"], rtol=1e-5)
 
 

@@ -6,9 +6,11 @@ from mtl_optax import metrics, solvers
 from mtl_optax._aliases import mao
 from mtl_optax._check import check_chain
 from mtl_optax._connection_strength import connection_strength
+from mtl_optax._look_ahead_steps import look_ahead_steps
 from mtl_optax._per_task import per_task
-from mtl_optax._phases import phase_schedule, sequential_task_steps
+from mtl_optax._phase_schedule import phase_schedule
 from mtl_optax._registry import METHODS, Method
+from mtl_optax._sequential_task_steps import sequential_task_steps
 from mtl_optax._transform import (
     Combiner,
     from_aggregator,
@@ -28,7 +30,6 @@ from mtl_optax._wrappers import shared_only, skip_nonfinite_tasks
 from mtl_optax.aggregators import priority_projection, scale_by_mao
 from mtl_optax.jacobian import (
     look_ahead_jacobian,
-    look_ahead_steps,
     shared_mask,
     task_jacobian,
     task_touches,

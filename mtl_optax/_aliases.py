@@ -1,7 +1,5 @@
 """Whole optimisers: a method and the learning rate that belongs to it."""
 
-from typing import Any
-
 import optax
 
 from mtl_optax._types import DType
@@ -16,7 +14,6 @@ def mao(
     eps: float = 1e-8,
     *,
     mu_dtype: DType | None = None,
-    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multi-Adaptive Optimization: Adam with moments of every task by itself.
 
@@ -35,7 +32,6 @@ def mao(
       b2: see `scale_by_mao`.
       eps: see `scale_by_mao`.
       mu_dtype: see `scale_by_mao`.
-      axis_name: see `scale_by_mao`.
 
     Returns:
       an optax transform that takes task gradients. With one task it is `optax.adam`.
@@ -57,6 +53,6 @@ def mao(
       <https://doi.org/10.1016/j.neunet.2023.11.038>`_, Neural Networks 170, 2024.
     """
     return optax.chain(
-        scale_by_mao(num_tasks, b1, b2, eps, mu_dtype=mu_dtype, axis_name=axis_name),
+        scale_by_mao(num_tasks, b1, b2, eps, mu_dtype=mu_dtype),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -31,20 +31,36 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
 
 
-def check_nonnegative(
-    name: str, value: Any, *, below: float | None = None, above_zero: bool = False
-) -> None:
+def check_nonnegative(name: str, value: Any, *, below: float | None = None) -> None:
     """Raises if `value` is concrete and negative or NaN; a traced value passes.
 
-    With `below`, also if it is not below that; with `above_zero`, also if it is zero.
+    With `below`, also if it is not below that.
     """
+    if _is_concrete_scalar(name, value):
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}.")
+        if below is not None and not value < below:
+            raise ValueError(f"{name} must be below {below}, got {value}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises if `value` is concrete and not positive in float32."""
+    if _is_concrete_scalar(name, value) and not value >= jnp.finfo(jnp.float32).tiny:
+        raise ValueError(f"{name} must be positive (in float32), got {value}.")
+
+
+def _is_concrete_scalar(name: str, value: Any) -> bool:
     if isinstance(value, jax.core.Tracer):
-        return
+        return False
     if jnp.ndim(value) != 0:
         raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")
-    if above_zero and not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}.")
-    if not value >= 0:
-        raise ValueError(f"{name} must not be negative, got {value}.")
-    if below is not None and not value < below:
-        raise ValueError(f"{name} must be below {below}, got {value}.")
+    return True
+
+
+def check_transform(who: str, name: str, tx: Any) -> None:
+    """Raises unless `tx` is an optax transform (and not a factory of one)."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"{who}: {name} must be an optax transform, got {tx!r}. A factory must be "
+            "called first, as in optax.adam(1e-3)."
+        )

@@ -4,6 +4,7 @@ Whatever a user may do wrong ends in one line on standard error and a nonzero ex
 """
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -183,7 +184,7 @@ def _rates(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(
             f"expected positive numbers joined by commas, got {text!r}"
         )
-    return rates
+    return tuple(dict.fromkeys(rates))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -289,9 +290,15 @@ def _demo(arguments: argparse.Namespace) -> None:
         except OSError as error:
             raise _UserError(f"cannot save plots: {error}") from None
         _say(f"\nPlots: {', '.join(str(file) for file in files)}")
-    own = [row for row in rows if row.name in arguments.methods]
+    own = [
+        row
+        for row in rows
+        if row.name in arguments.methods and math.isfinite(row.worst.mean)
+    ]
+    if not own:
+        return
     best = max(own, key=lambda row: row.worst.mean)
-    _say("\n" + _recipe(best.name, len(tasks), best.learning_rate))
+    _say("\n" + _recipe(best.name, tasks, best.learning_rate))
 
 
 def _notes(arguments: argparse.Namespace) -> list[str]:
@@ -322,38 +329,46 @@ def _notes(arguments: argparse.Namespace) -> list[str]:
     return notes
 
 
-def _recipe(method: str, num_tasks: int, rate: float) -> str:
+_MASK = "mask = mtl.shared_mask(loss_fn, params, batch)"
+_STEP = (
+    "opt_state = tx.init(params)",
+    "losses, task_grads = mtl.task_jacobian(loss_fn)(params, batch)",
+    "updates, opt_state = tx.update(task_grads, opt_state, params, losses=losses)",
+)
+_RECIPES = {
+    "scale_by_mao": ("tx = mtl.mao({rate:g}, num_tasks={tasks})", *_STEP),
+    "look_ahead_jacobian": (
+        _MASK,
+        "combine = optax.chain(mtl.sum_tasks({tasks}), optax.adam({rate:g}))",
+        "init, step = mtl.look_ahead_steps(",
+        "    loss_fn, {ahead:g}, combine, optax.adam({rate:g}), shared=mask",
+        ")",
+        "params, opt_state, losses = step(params, init(params), batch)",
+    ),
+    "priority_projection": (  # the whole of it is longer: the README has a recipe
+        "from mtl_optax.examples import task_norm",
+        "problem, tx = task_norm.make_task_norm_digits({names}), optax.adam({rate:g})",
+        "epoch = task_norm.make_mixed_epoch(problem, tx, 128, num_epochs=20)",
+        "state = task_norm.init_mixed_state(problem, tx, jax.random.key(0))",
+        "state, record = epoch(state, pairs, 0, jax.random.key(1))  # epoch 0",
+    ),
+}
+
+
+def _recipe(method: str, tasks: Sequence[str], rate: float) -> str:
     """How to have the same in a chain of one's own."""
-    gradients = [
-        "losses, task_grads = mtl.task_jacobian(loss_fn)(params, batch)",
-        "updates, opt_state = tx.update(task_grads, opt_state, params, losses=losses)",
+    from mtl_optax.examples.systems import LOOK_AHEAD
+
+    combiner = (
+        _MASK,
+        f"combine = mtl.shared_only(mtl.{method}(num_tasks={{tasks}}), mask)",
+        "tx = optax.chain(combine, optax.adam({rate:g}))",
+        *_STEP,
+    )
+    lines = [
+        line.format(rate=rate, tasks=len(tasks), names=tuple(tasks), ahead=LOOK_AHEAD)
+        for line in _RECIPES.get(method, combiner)
     ]
-    mask = "mask = mtl.shared_mask(loss_fn, params, batch)"
-    if method == "priority_projection":
-        lines = [
-            "# a batch norm a task, two phases: see mtl_optax/examples/task_norm.py",
-            "first = mtl.phase_schedule(key, epoch, num_epochs, step=step)",
-            "one = mtl.sequential_task_steps(loss_fn, optax.adam("
-            f"{rate:g}), num_tasks={num_tasks})",
-            f"two = mtl.priority_projection(num_tasks={num_tasks})",
-        ]
-    elif method == "scale_by_mao":
-        lines = [f"tx = mtl.mao({rate:g}, num_tasks={num_tasks})", *gradients]
-    elif method == "look_ahead_jacobian":
-        lines = [
-            mask,
-            f"combine = optax.chain(mtl.sum_tasks({num_tasks}), optax.adam({rate:g}))",
-            "init, step = mtl.look_ahead_steps(loss_fn, 0.1, combine, optax.adam("
-            f"{rate:g}), shared=mask)",
-            "params, opt_state, losses = step(params, opt_state, batch)",
-        ]
-    else:
-        lines = [
-            mask,
-            f"combine = mtl.shared_only(mtl.{method}(num_tasks={num_tasks}), mask)",
-            f"tx = optax.chain(combine, optax.adam({rate:g}))",
-            *gradients,
-        ]
     return "\n".join(
         [
             f"The same in your own chain, with {method} for example "

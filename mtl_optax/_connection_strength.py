@@ -11,7 +11,7 @@ task-specific batch norm that follows it:
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_optax._arguments import check_nonnegative
+from mtl_optax._arguments import check_positive
 
 
 def connection_strength(
@@ -43,14 +43,15 @@ def connection_strength(
       scale: ``[T, C_out]``, the factor of each task's batch norm.
       var: ``[T, C_out]``, its variance: the running one, after this step's forward
         passes, as in the authors' code.
-      eps: of the batch norm, added to the variance; 1e-5 as in the authors' code.
+      eps: of the batch norm, added to the variance, positive; 1e-5 as in the authors'
+        code.
 
     Returns:
       ``[T, C_out]``, nonnegative, each row sums to 1; float32 at least. A task whose
       strengths are all zero gets ``1 / C_out`` everywhere.
 
     Raises:
-      ValueError: when shapes do not fit together.
+      ValueError: when shapes do not fit together, or for an `eps` that is not positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,7 +66,7 @@ def connection_strength(
       Jeong & Yoon, `Quantifying Task Priority for Multi-Task Optimization
       <https://arxiv.org/abs/2406.02996>`_, CVPR 2024.
     """
-    check_nonnegative("eps", eps)
+    check_positive("eps", eps)
     kernel, scale, var = (jnp.asarray(x) for x in (kernel, scale, var))
     if kernel.ndim < 1:
         raise ValueError(
@@ -89,8 +90,10 @@ def connection_strength(
     kernel = unit(kernel.astype(dtype), tuple(range(kernel.ndim)))
     power = jnp.mean(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1)))
     gain = unit(scale.astype(dtype), (1,))
-    strength = jnp.square(gain) / (var.astype(dtype) + eps) * power
+    spread = jnp.maximum(var.astype(dtype), 0)  # rounding may leave it below
+    strength = jnp.square(gain) / (spread + eps) * power
     total = jnp.sum(strength, axis=1, keepdims=True)
+    # A NaN stays one.
     return jnp.where(
-        total > 0, strength / jnp.where(total > 0, total, one), one / channels
+        total == 0, one / channels, strength / jnp.where(total == 0, one, total)
     )

@@ -7,9 +7,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from mtl_optax._arguments import check_num_tasks
-from mtl_optax._transform import read_task_mask
-from mtl_optax._tree import check_task_axis, materialize, present_rows, task_axis_like
+from mtl_optax._arguments import check_num_tasks, check_transform
+from mtl_optax._transform import Combiner, read_task_mask
+from mtl_optax._tree import (
+    check_task_axis,
+    materialize,
+    present_rows,
+    same_structure,
+    task_axis_like,
+)
 from mtl_optax._types import Params, State, TaskGradients
 
 
@@ -45,6 +51,7 @@ def per_task(
       of `inner`. All tasks start from the same state, random keys included.
 
     Raises:
+      TypeError: when `inner` is a combiner, or no transform.
       ValueError: for wrong shapes, or when `inner` changes them.
 
     Example:
@@ -60,16 +67,19 @@ def per_task(
       ['1.000', '-0.500']
     """
     check_num_tasks(num_tasks)
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+    check_transform("per_task", "inner", inner)
+    if isinstance(inner, Combiner):
         raise TypeError(
-            f"per_task(inner, num_tasks): inner must be an optax transform, got "
-            f"{inner!r}."
+            "per_task: inner must be a transform of ordinary gradients, got a "
+            "combiner; it sees one task at a time. Put the combiner after, as in "
+            "chain(per_task(scale_by_adam(), T), combiner)."
         )
     update_one = optax.with_extra_args_support(inner).update
 
     def init(params: Params) -> PerTaskState:
         def copies(x: Any) -> Array:
             x = jnp.asarray(x)
+            x = x.astype(x.dtype)  # no longer weakly typed: it would compile twice
             return jnp.broadcast_to(x, (num_tasks, *x.shape))
 
         return PerTaskState(jax.tree.map(copies, inner.init(params)))
@@ -109,9 +119,20 @@ def _along(mask: Array, x: Array) -> Array:
 
 
 def _check_shapes(updates: Any, rows: TaskGradients) -> None:
-    wanted, found = jax.tree.map(jnp.shape, rows), jax.tree.map(jnp.shape, updates)
-    if found != wanted:
+    what = "per_task: the inner transform must keep the shapes of a gradient; "
+    if not same_structure(jax.tree.structure(updates), jax.tree.structure(rows)):
         raise ValueError(
-            "per_task: the inner transform must keep the shapes of a gradient; "
-            f"expected {wanted}, got {found} (the task first)."
+            f"{what}expected the structure {jax.tree.structure(rows)}, got "
+            f"{jax.tree.structure(updates)}."
         )
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(rows),
+        jax.tree.leaves(updates),
+        strict=True,
+    )
+    for (path, row), update in pairs:
+        if update.shape != row.shape:
+            raise ValueError(
+                f"{what}leaf {jax.tree_util.keystr(path) or '(the whole tree)'}: "
+                f"expected {row.shape}, the task first, got {update.shape}."
+            )

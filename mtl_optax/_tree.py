@@ -6,12 +6,10 @@ they belong to. Everything here takes both.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
@@ -19,15 +17,12 @@ from jaxtyping import Array, Float, PyTree
 from mtl_optax._types import (
     Basis,
     DType,
-    Params,
     TaskGradients,
     TaskJacobian,
     TaskMask,
     Updates,
     Weights,
 )
-
-Mask: TypeAlias = PyTree[bool] | Callable[[Params], PyTree[bool]]
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -322,10 +317,18 @@ def task_axis_like(x: Array, other: Array) -> Array:
     mesh = _explicit_mesh(x)
     if mesh is None:
         return x
-    spec, held = jax.typeof(x).sharding.spec, jax.typeof(other).sharding.spec
-    return jax.sharding.reshard(
-        x, NamedSharding(mesh, PartitionSpec(held[0], *spec[1:]))
-    )
+    return _shard_task_axis(x, mesh, jax.typeof(other).sharding.spec[0])
+
+
+def whole_task_axis(x: Array) -> Array:
+    """`x` with its first axis on every device, as a `scan` over tasks needs it."""
+    mesh = _explicit_mesh(x)
+    return x if mesh is None else _shard_task_axis(x, mesh, None)
+
+
+def _shard_task_axis(x: Array, mesh: Any, axis: Any) -> Array:
+    spec = PartitionSpec(axis, *jax.typeof(x).sharding.spec[1:])
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
 def present_rows(x: Array, task_mask: TaskMask | None) -> Array:
@@ -643,68 +646,12 @@ def select(pred: Array, on_true: PyTree[Any], on_false: PyTree[Any]) -> PyTree[A
     return jax.tree.map(lambda a, b: jnp.where(pred, a, b), on_true, on_false)
 
 
-def read_mask(caller: str, mask: Mask, tree: PyTree[Any]) -> list[bool]:
-    """The marks of a mask, one for each leaf of the tree; `caller` is for messages."""
-    marks = mask(tree) if callable(mask) else mask
-    flags = jax.tree.leaves(marks)
-    for flag in flags:
-        if not isinstance(flag, bool | np.bool_ | jax.Array | np.ndarray) or (
-            jnp.shape(flag) != () or jnp.result_type(flag) != jnp.bool_
-        ):
-            raise TypeError(
-                f"{caller}: the mask must hold bools, True where a leaf is "
-                f"shared, got {flag!r}."
-            )
-    # Leaf by leaf: Flax's optimiser takes the `Param`s off the tree it updates, but
-    # not off the one that it starts from, where the mask may come from.
-    if len(flags) != len(jax.tree.leaves(tree)):
-        try:  # a prefix is spread over the leaves below it
-            spread = jax.tree.map(
-                lambda m, sub: jax.tree.map(lambda _: m, sub), marks, tree
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"{caller}: the mask must be a tree of bools like the "
-                f"parameters, or a prefix of it: {error}"
-            ) from error
-        flags = jax.tree.leaves(spread)
-    if flags and not any(flags):
-        raise ValueError(
-            f"{caller}: the mask marks no leaf as shared, so there is nothing "
-            "to combine. Use mtl_optax.sum_tasks() alone, or check the mask "
-            "(mtl_optax.shared_mask finds it)."
-        )
-    return [bool(flag) for flag in flags]
+def path_names(path: Sequence[Any], *, variables: bool = False) -> tuple[str, ...]:
+    """A leaf's place by names alone, the same in a dict and in other containers.
 
-
-def part_of(tree: PyTree[Any], marks: Sequence[bool], wanted: bool) -> PyTree[Any]:
-    """The tree with `optax.MaskedNode` for every leaf that is not marked as wanted."""
-    leaves, treedef = flatten(tree)
-    kept = [
-        leaf if mark == wanted else optax.MaskedNode()
-        for leaf, mark in zip(leaves, marks, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, kept)
-
-
-def merge_parts(
-    shared: PyTree[Any], others: PyTree[Any], marks: Sequence[bool]
-) -> PyTree[Any]:
-    """One tree again of the two that `part_of` gives."""
-
-    def masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    ours, treedef = jax.tree.flatten(shared, is_leaf=masked)
-    theirs = jax.tree.leaves(others, is_leaf=masked)
-    merged = [a if mark else b for a, b, mark in zip(ours, theirs, marks, strict=True)]
-    return jax.tree.unflatten(treedef, merged)
-
-
-def simple_path(path: Sequence[Any]) -> tuple[str, ...]:
-    """A leaf's place by names alone: the same in a dict and in a Flax NNX state."""
-    # NNX states hold variables, whose array stands one step further down.
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+    With `variables`, the place of the variable that holds the leaf, if one does.
+    """
+    if variables and path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 

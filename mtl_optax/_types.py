@@ -22,6 +22,9 @@ Updates: TypeAlias = PyTree[Any]
 State: TypeAlias = Any
 DType: TypeAlias = Any
 
+# Which leaves of the parameters are shared (True), by a tree or by a function.
+Mask: TypeAlias = PyTree[bool] | Callable[[Params], PyTree[bool]]
+
 Losses: TypeAlias = Float[Array, " tasks"]
 Weights: TypeAlias = Float[Array, " tasks"]
 TaskMask: TypeAlias = Bool[Array, " tasks"]

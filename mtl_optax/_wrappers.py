@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Int, PyTree
 
 from mtl_optax._arguments import check_num_tasks
+from mtl_optax._masks import merge_parts, part_of, read_mask
 from mtl_optax._transform import (
     Combiner,
     read_losses,
@@ -17,7 +18,6 @@ from mtl_optax._transform import (
     sum_tasks,
 )
 from mtl_optax._tree import (
-    Mask,
     all_finite,
     check_structure,
     check_task_axis,
@@ -25,12 +25,9 @@ from mtl_optax._tree import (
     is_lazy,
     isolates,
     materialize,
-    merge_parts,
-    part_of,
-    read_mask,
     select,
 )
-from mtl_optax._types import Params, State, TaskGradients, TaskMask, Updates
+from mtl_optax._types import Mask, Params, State, TaskGradients, TaskMask, Updates
 
 
 class SharedOnlyState(NamedTuple):
@@ -99,7 +96,12 @@ def shared_only(tx: optax.GradientTransformation, mask: Mask) -> Combiner:
     heads = sum_tasks(getattr(tx, "num_tasks", None))
 
     def marks_of(tree: PyTree[Any]) -> list[bool]:
-        return read_mask("shared_only", mask, tree)
+        return read_mask(
+            "shared_only",
+            mask,
+            tree,
+            if_none="there is nothing to combine: use mtl_optax.sum_tasks() alone",
+        )
 
     def init(params: Params) -> SharedOnlyState:
         return SharedOnlyState(inner.init(part_of(params, marks_of(params), True)))

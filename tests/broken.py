@@ -302,6 +302,7 @@ BROKEN = {
         row(weak_state),
         row(random_by_trace),
     ],
+    "check_precision": [row(contracts_sharded_axes)],
     "check_lazy": [row(prefers_lazy)],
     "check_one_task": [row(drops_the_last), row(turns_round)],
     "check_finite": [

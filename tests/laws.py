@@ -131,15 +131,41 @@ class Trajectories(NamedTuple):
     def longest(self, rows):
         """``[RUNS, STEPS]``: the longest row that went into the update.
 
-        Of a method that takes the lengths of rows away: the longest of all updates.
+        Of a method that takes the lengths of rows away: the run's longest update.
         """
         if self.normalises:
-            longest = np.linalg.norm(self.updates, axis=-1).max()
-            return np.full(rows.shape[:2], longest)
+            lengths = np.linalg.norm(self.updates, axis=-1)
+            longest = np.maximum(lengths.max(1), np.finfo(np.float32).tiny)
+            return np.broadcast_to(longest[:, None], lengths.shape)
         lengths = np.linalg.norm(rows, axis=-1)
         if self.weights is not None:
             lengths = lengths * np.abs(self.weights)
         return np.maximum(lengths.max(-1), np.finfo(np.float32).tiny)
+
+
+ROUND = np.linspace(0, 0.05, SIZE)
+
+
+def rows_of(method, rows):
+    """Flat rows ``[T, SIZE]`` as the task gradients that `method` combines.
+
+    A method that only combines gets them as they are. One that takes task gradients
+    itself gets losses whose plain gradients they are, curved in proportion to them:
+    ``L_t = |g_t| (u_t . p + p . diag(ROUND) p / 2)`` at ``p = 0``, with unit rows
+    ``u_t``.
+    """
+    if method.kind != "jacobian":
+        return to_tree(rows)
+    lengths = jnp.linalg.norm(rows, axis=-1)
+    units = rows / jnp.maximum(lengths, jnp.finfo(rows.dtype).tiny)[:, None]
+
+    def losses(params):
+        p = to_flat(params)
+        bent = jnp.sum(jnp.asarray(ROUND, p.dtype) * p**2) / 2
+        return tuple(n * (u @ p + bent) for n, u in zip(lengths, units, strict=True))
+
+    _, grads = method.jacobian(losses)(params_of(rows.dtype))
+    return mtl.materialize(grads, isolated=True)
 
 
 def extras_of(method, num_tasks, losses, params=None):
@@ -175,7 +201,8 @@ def _trajectories(method, num_tasks, masked):
             extras = extras_of(method, num_tasks, loss)
             if masked:
                 extras["task_mask"] = mask
-            updates, state = tx.update(to_tree(row), state, params, **extras)
+            grads = rows_of(method, row)
+            updates, state = tx.update(grads, state, params, **extras)
             return state, (to_flat(updates), state)
 
         return jax.lax.scan(step, tx.init(params), (rows, losses, masks))[1]
@@ -192,8 +219,8 @@ def trajectories(method, rows, losses, masks=None) -> Trajectories:
     updates, states = run(rows, losses, masks)
     weights = weights_of(states)
     weights = None if weights is None else np.asarray(weights, np.float64)
-    normalises = weights is None and "scale_equivariant" not in method.claims
-    return Trajectories(np.asarray(updates, np.float64), weights, states, normalises)
+    updates = np.asarray(updates, np.float64)
+    return Trajectories(updates, weights, states, method.normalises)
 
 
 def weights_of(state):
@@ -302,7 +329,8 @@ def step_of(method, num_tasks):
 
     def eager(rows, losses, state):
         extras = extras_of(method, num_tasks, losses)
-        updates, state = tx.update(to_tree(rows), state, params_of(), **extras)
+        grads = rows_of(method, rows)
+        updates, state = tx.update(grads, state, params_of(), **extras)
         return to_flat(updates), state
 
     def traced(rows, losses, state):
@@ -344,6 +372,33 @@ def check_compiles_once(method, num_tasks=3):
     assert len(step.traces) - traces <= 1, "a later step is compiled anew"
     assert step.compiled._cache_size() == 1, "a later step is compiled anew"
     agrees(*step.eager(rows[0, k], losses[0, k], last), k, "eager")
+
+
+def check_precision(method, num_tasks=3):
+    """Every product of matrices asks for full precision: others lose digits on GPUs."""
+    tx = method.make(num_tasks)
+
+    def step(rows, losses):
+        extras = extras_of(method, num_tasks, losses)
+        return tx.update(to_tree(rows), tx.init(params_of()), params_of(), **extras)
+
+    rows, losses = draws(num_tasks)
+    highest = jax.lax.Precision.HIGHEST
+    for equation in equations(jax.make_jaxpr(step)(rows[0, 0], losses[0, 0]).jaxpr):
+        if equation.primitive.name == "dot_general":
+            asked = equation.params["precision"]
+            assert asked in (highest, (highest, highest)), f"{asked}: {equation}"
+
+
+def equations(jaxpr):
+    """All equations, those of inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
 
 
 # ------------------------------------------------------------------ 3. stacked = lazy
@@ -795,10 +850,11 @@ def _compiled(function, num_tasks, *more, width=1024, rows=4):
 def temporary_bytes(method, num_tasks, lazy):
     tx = method.make(num_tasks)
     state = jax.eval_shape(tx.init, big_params(num_tasks))
-    make = mtl.task_jacobian if lazy else mtl.value_and_task_grads
 
     def step(params, state, x, y):
-        losses, grads = make(big_losses)(params, x, y)
+        losses, grads = method.jacobian(big_losses)(params, x, y)
+        if not lazy:
+            grads = mtl.materialize(grads)
         extras = extras_of(method, num_tasks, losses, params)
         return tx.update(grads, state, params, **extras)
 
@@ -852,7 +908,7 @@ def check_one_backward_pass(method, place, num_tasks=8):
         tx = mtl.shared_only(tx, {"heads": False, "trunk": True})
 
     def ours(params, x, y):
-        losses, grads = mtl.task_jacobian(big_losses)(params, x, y)
+        losses, grads = method.jacobian(big_losses)(params, x, y)
         extras = extras_of(method, num_tasks, losses)
         return tx.update(grads, tx.init(params), params, **extras)[0]
 

@@ -20,9 +20,17 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     {"metrics"},
     {"_types", "_arguments"},
-    {"_tree"},
+    {"_tree", "_masks", "_touched"},
     {"solvers", "jacobian"},
-    {"_transform", "_wrappers", "_per_task", "_phases", "_connection_strength"},
+    {
+        "_transform",
+        "_wrappers",
+        "_per_task",
+        "_look_ahead_steps",
+        "_sequential_task_steps",
+        "_phase_schedule",
+        "_connection_strength",
+    },
     {"weightings", "aggregators"},
     {"_registry", "_check", "_aliases"},
     {"__init__"},
@@ -77,6 +85,18 @@ def test_imports_run_one_way(path):
         assert FLOOR[part] <= FLOOR[own], f"{path.name}:{line}: {own} imports {part}"
     if own == "metrics":
         assert not list(parts_imported(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_private_names_cross_modules(path):
+    """A module may be private, and then its names are public in the package."""
+    for name, line in imports(path):
+        *parts, last = name.split(".")
+        if parts[:1] != ["mtl_optax"] or not last.startswith("_"):
+            continue
+        module = ROOT.joinpath(*parts[1:], last)
+        is_module = module.with_suffix(".py").exists() or module.is_dir()
+        assert is_module, f"{path.name}:{line}: {name}"
 
 
 def test_methods_do_not_import_each_other():

@@ -4,15 +4,26 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
+import jax
 import matplotlib.image
 import numpy as np
+import optax
 import pytest
 
 import mtl_optax as mtl
 from mtl_optax import _cli
-from mtl_optax.examples import comparison, costs, plots, report, trainer
+from mtl_optax.examples import (
+    comparison,
+    costs,
+    digits,
+    models,
+    plots,
+    report,
+    trainer,
+)
 
 PLOTS = ["summary.png", "losses.png", "weights.png", "cosine.png"]
 
@@ -201,13 +212,13 @@ def test_interruption_is_one_line_and_130(capsys, monkeypatch, tmp_path):
 
 def test_the_whole_demo_in_small(capsys, tmp_path):
     out = tmp_path / "new" / "folder"
-    arguments = ["--seeds=2", "--epochs=1", "--lr=0.003", "--methods=mean,mgda"]
+    arguments = ["--seeds=2", "--epochs=1", "--lr=0.003", "--methods=mgda"]
     assert _cli.main(["demo", *arguments, "--out", str(out)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""  # no bar where nobody watches
-    for name in ("mean", "mgda"):
-        (row,) = [x for x in captured.out.splitlines() if x.startswith(f"{name} ")]
-        assert row.count("±") == 5
+    (row,) = [x for x in captured.out.splitlines() if x.startswith("mgda ")]
+    assert row.count("±") == 5
+    assert row.endswith("MB")
     assert "(num_tasks=2), mask)" in captured.out
     assert "positive is better" in captured.out
     assert all(str(out / name) in captured.out for name in PLOTS)
@@ -281,6 +292,30 @@ def _python(*arguments, **options):
         check=False,
         **options,
     )
+
+
+RECIPES = [*_cli._RECIPES, "edm"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RECIPES)
+def test_the_printed_recipe_runs(method):
+    words, _, code = _cli._recipe(method, ("CL", "RR"), 3e-3).partition("\n\n")
+    assert method in words
+    init, loss_fn, _ = models.make_digits(("CL", "RR"))
+    pairs = digits.draw_pairs(digits.load_sources().test, jax.random.key(0), 128)
+    given = {
+        "jax": jax,
+        "optax": optax,
+        "mtl": mtl,
+        "loss_fn": loss_fn,
+        "params": init(jax.random.key(0)),
+        "batch": pairs,
+        "pairs": pairs,
+    }
+    exec(textwrap.dedent(code), given)
+    losses = given["record"].losses if "record" in given else given["losses"]
+    assert losses.shape[-1] == 2
 
 
 @pytest.mark.slow

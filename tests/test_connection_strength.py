@@ -1,5 +1,7 @@
 """Connection strength and the projection that it decides (Jeong & Yoon 2024)."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import laws
@@ -113,6 +115,15 @@ def test_strengths_are_shares(dtype):
     assert np.all(found >= 0)
 
 
+def test_what_is_broken_stays_visible():
+    scale, var = jnp.ones((2, 4)), jnp.ones((2, 4)).at[0, 1].set(jnp.nan)
+    found = mtl.connection_strength(jnp.ones((2, 4)), scale, var)
+    assert np.all(np.isnan(found[0]))
+    np.testing.assert_allclose(found[1], 0.25)
+    below = jnp.ones((2, 4)).at[0, 1].set(-1e-9)  # rounding
+    assert np.all(mtl.connection_strength(jnp.ones((2, 4)), scale, below) >= 0)
+
+
 @pytest.mark.parametrize("what", ["kernel", "scale", "both", "var"])
 def test_nothing_to_go_by(what):
     kernel, scale, var = np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 4))
@@ -136,7 +147,7 @@ def test_wrong_shapes_are_refused_in_words():
     ):
         with pytest.raises(ValueError, match="C_out"):
             mtl.connection_strength(kernel, scale, var)
-    for eps in (-1e-5, float("nan")):
+    for eps in (-1e-5, 0.0, float("nan")):
         with pytest.raises(ValueError, match="eps"):
             mtl.connection_strength(one((2, 4)), one((2, 4)), one((2, 4)), eps=eps)
 
@@ -236,6 +247,59 @@ def test_long_and_short_rows(lengths):
     wanted = long + lengths[0] * np.ones((1, 3))
     found = project(jnp.asarray(rows, jnp.float32), strengths)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_group_that_is_tiny_beside_the_rest_of_its_row():
+    rows = jnp.array([[[1e-10, 1e10, 1e10]], [[-1.0, 1.0, 1.0]]])
+    strengths = jnp.array([[0.9, 0.1, 0.1], [0.1, 0.9, 0.9]])
+    found = project(rows, strengths)
+    np.testing.assert_allclose(found[0, 0], 1e-10, atol=1e-6)  # not -1
+
+
+@pytest.mark.parametrize("dtype", [bool, jnp.uint8, jnp.int32, jnp.complex64])
+def test_strengths_are_floating_point_numbers(dtype):
+    rows = jnp.ones((2, 1, 2))
+    with pytest.raises(TypeError, match="floating-point"):
+        project(rows, jnp.ones((2, 2), dtype))
+
+
+def test_a_strength_that_is_not_a_number_owns_nothing():
+    rows = jnp.array([[[1.0, -3.0]], [[-2.0, 1.0]]])
+    strengths = jnp.array([[0.9, jnp.nan], [jnp.nan, 0.9]])
+    np.testing.assert_allclose(project(rows, strengths), [[1.0, 1.0]], rtol=1e-6)
+    nobody = jnp.full((2, 2), jnp.nan)
+    np.testing.assert_allclose(project(rows, nobody), [[-1.0, -2.0]])
+
+
+class Attention(typing.NamedTuple):
+    query: typing.Any
+    value: typing.Any
+
+
+def test_a_field_called_value_is_a_leaf_like_others():
+    rows = jnp.array([[[1.0, -3.0]], [[-2.0, 1.0]]])
+    strengths = jnp.array([[0.9, 0.1], [0.1, 0.9]])
+    params = Attention(jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+    tx = mtl.priority_projection(2)
+    for given in ({"value": strengths}, Attention(None, strengths)):
+        updates, _ = tx.update(
+            Attention(rows, rows), tx.init(params), params, strengths=given
+        )
+        np.testing.assert_allclose(updates.value, [[1.0, 1.0]], rtol=1e-6)
+        np.testing.assert_allclose(updates.query, [[-1.0, -2.0]])
+
+
+def test_strengths_of_leaves_that_others_take_care_of():
+    rows = {"k": jnp.array([[[1.0, -3.0]], [[-2.0, 1.0]]]), "h": jnp.ones((2, 1, 2))}
+    params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), rows)
+    strengths = {
+        "k": jnp.array([[0.9, 0.1], [0.1, 0.9]]),
+        "h": jnp.array([[0.9, 0.1], [0.1, 0.9]]),
+    }
+    tx = mtl.shared_only(mtl.priority_projection(2), {"k": True, "h": False})
+    updates, _ = tx.update(rows, tx.init(params), params, strengths=strengths)
+    np.testing.assert_allclose(updates["k"], [[1.0, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(updates["h"], [[2.0, 2.0]])
 
 
 def test_which_leaves_are_projected():

@@ -63,6 +63,11 @@ def test_law_2_compiles_once(method):
     laws.check_compiles_once(method)
 
 
+@every
+def test_law_2_and_asks_for_full_precision(method):
+    laws.check_precision(method)
+
+
 # -------------------------------------------------------------------- laws 3 and 12
 
 
@@ -210,7 +215,7 @@ WEIGHTINGS = [m for m in METHODS if m.kind == "weighting"]
 LOSS_ONLY = [m for m in WEIGHTINGS if not laws.sees_gramian(m)]
 
 
-@each(WEIGHTINGS)
+@each(METHODS, law=9)
 def test_law_9_memory_does_not_grow_with_tasks(method):
     laws.check_memory(method)
 
@@ -332,7 +337,7 @@ def test_laws_hold_for_other_options(method):
 
 
 EXEMPTIONS = [(m, x) for m in METHODS for x in m.exempt]
-LAWS = {4: laws.check_one_task}
+LAWS = {4: laws.check_one_task, 9: laws.check_memory}
 
 
 @pytest.mark.parametrize(("method", "exemption"), EXEMPTIONS)

@@ -171,8 +171,12 @@ def test_statistics_are_taken_in_float32_at_least(make, given, options, expected
     [
         (T, ValueError, "between 0 and 2"),
         (-1, ValueError, "got -1"),
-        (True, TypeError, "got bool"),
-        (1.0, TypeError, "got float"),
+        (True, TypeError, "an int, got True"),
+        (1.0, TypeError, "an int, got 1.0"),
+        (np.array(1.7), TypeError, "an int, got"),
+        (jnp.array(1.7), TypeError, "an int, got"),
+        (jnp.array(True), TypeError, "an int, got"),
+        (np.array([1]), TypeError, "an int, got"),
     ],
 )
 def test_a_wrong_task_is_refused(make, task, error, message):
@@ -192,6 +196,9 @@ def test_a_traced_task_and_wrong_inputs_are_refused(make):
     for options in ({"momentum": 1.5}, {"momentum": -0.1}):
         with pytest.raises(ValueError, match="momentum"):
             make(**options)
+    for epsilon in (-1.0, 0.0, float("nan")):
+        with pytest.raises(ValueError, match="epsilon must be positive"):
+            make(epsilon=epsilon)
     assert layer(np.ones((2, C)), np.int64(1)).shape == (2, C)
 
 
@@ -199,6 +206,18 @@ def test_sizes_below_one_are_refused():
     for features, tasks in ((0, 2), (2, 0)):
         with pytest.raises(ValueError, match="at least 1, got 0"):
             TaskBatchNorm(features, tasks, rngs=nnx.Rngs(0))
+
+
+def test_a_stack_of_layers_keeps_tasks_before_channels():
+    graph, state = nnx.split(TaskBatchNorm(C, T, rngs=nnx.Rngs(0)))
+    # As many layers as tasks: a wrong order would fit.
+    layers = nnx.merge(graph, jax.tree.map(lambda x: jnp.stack([x] * T), state))
+    layers.scales[1][...] = 2 * layers.scales[1][...]
+    assert layers.scale.shape == layers.var.shape == (T, T, C)
+    np.testing.assert_array_equal(layers.scale[:, 1], 2)
+    np.testing.assert_array_equal(layers.scale[:, 0], 1)
+    variables = {f"scale_{t}": layers.scales[t][...] for t in range(T)}
+    np.testing.assert_array_equal(tasks_linen.stacked_scale(variables), layers.scale)
 
 
 def test_every_task_has_leaves_of_its_own():

@@ -171,9 +171,16 @@ def test_decays_below_one(name):
             mtl.scale_by_mao(2, **{name: wrong})
 
 
-def test_an_epsilon_of_zero_is_refused():
+@pytest.mark.parametrize("eps", [0.0, 1e-40])
+def test_an_epsilon_of_zero_is_refused(eps):
     with pytest.raises(ValueError, match="eps must be positive"):
-        mtl.scale_by_mao(2, eps=0.0)
+        mtl.scale_by_mao(2, eps=eps)
+
+
+def test_states_hold_no_weak_types():
+    state = mtl.per_task(optax.scale_by_adam(), 2).init({"w": 1.0})
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+    assert mtl.mao(0.1, 2).init({"w": 1.0})
 
 
 # ------------------------------------------------------------------------- per_task
@@ -312,9 +319,15 @@ def test_misuse_in_words():
         tx.update(jnp.zeros((3, 3)), tx.init(params), params)
     with pytest.raises(ValueError, match="already reduced"):
         tx.update(jnp.zeros(3), tx.init(params), params)
-    tx = mtl.per_task(mtl.edm(2), 2)
-    with pytest.raises(ValueError, match="expected shape"):
+    with pytest.raises(TypeError, match="got a combiner"):
+        mtl.per_task(mtl.edm(2), 2)
+    tx = mtl.per_task(optax.chain(mtl.sum_tasks(), optax.sgd(0.1)), 2)
+    with pytest.raises(ValueError, match="already reduced"):
         tx.update(jnp.zeros((2, 3)), tx.init(params), params)
+    squeezed = optax.stateless(lambda u, p: jax.tree.map(lambda x: x[:1], u))
+    tx = mtl.per_task(squeezed, 2)
+    with pytest.raises(ValueError, match=r"\['w'\].*\(2, 3\).*\(2, 1\)"):
+        tx.update({"w": jnp.zeros((2, 3))}, tx.init(params))
 
 
 def test_mao_trains_where_units_differ():

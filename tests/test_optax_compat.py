@@ -72,6 +72,13 @@ def pairs():
     return digits.draw_pairs(digits.load_sources().train, jax.random.key(0), 512)
 
 
+lazy_and_stacked = pytest.mark.parametrize(
+    "stacked",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["lazy", "stacked"],
+)
+
+
 def _assert_falls(losses):
     """Both losses, from the first few steps to the last few."""
     losses = np.asarray(losses)
@@ -80,7 +87,7 @@ def _assert_falls(losses):
     assert np.all(after < 0.92 * before), (before, after)
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["lazy", "stacked"])
+@lazy_and_stacked
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transform_trains_the_digits(pairs, name, stacked):
     tx = TRANSFORMS[name]()
@@ -93,7 +100,7 @@ def test_transform_trains_the_digits(pairs, name, stacked):
     assert jax.tree.map(lambda p: (p.shape, p.dtype), state.params) == shapes
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["lazy", "stacked"])
+@lazy_and_stacked
 def test_nnx_optimizer_trains_the_digits(pairs, stacked):
     model = models.DigitsNet(
         TASKS, hidden=24, features=8, rngs=nnx.Rngs(jax.random.key(0))

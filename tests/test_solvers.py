@@ -10,6 +10,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 import quadprog
@@ -594,28 +595,17 @@ def test_types_are_fixed(size):
             assert not any(v.weak_type for v in jax.tree.leaves((weights, info)))
 
 
-def equations(jaxpr):
-    """All equations of a jaxpr, those of inner jaxprs included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
-
-
 def test_the_graph_does_not_grow_with_the_tasks():
     counts = {}
     for size in (4, 64):
         jaxpr = jax.make_jaxpr(min_norm_point)(jnp.eye(size)).jaxpr
-        counts[size] = sum(1 for _ in equations(jaxpr))
+        counts[size] = sum(1 for _ in laws.equations(jaxpr))
     assert counts[4] == counts[64]
 
 
 def test_every_product_has_full_precision():
     jaxpr = jax.make_jaxpr(min_norm_point)(jnp.eye(4)).jaxpr
-    products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    products = [e for e in laws.equations(jaxpr) if e.primitive.name == "dot_general"]
     assert products
     highest = jax.lax.Precision.HIGHEST
     for product in products:

@@ -34,7 +34,9 @@ def _assert_close(one, other, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("factory", [mtl.edm, mtl.task_tensioner])
+@pytest.mark.parametrize(
+    "factory", [mtl.edm, pytest.param(mtl.task_tensioner, marks=pytest.mark.slow)]
+)
 def test_lazy_and_stacked_train_alike(pairs, factory):
     lazy, lazy_record = _run(_tx(factory(num_tasks=2)), pairs, 2)
     stacked, record = _run(_tx(factory(num_tasks=2)), pairs, 2, stacked=True)
@@ -89,6 +91,7 @@ def test_an_epoch_visits_every_example_once():
     )
 
 
+@pytest.mark.slow
 def test_many_seeds_at_once_equal_one_at_a_time(pairs):
     tx = _tx(mtl.mgda(num_tasks=2))
     keys = jax.random.split(jax.random.key(3), 3)

@@ -13,41 +13,56 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from mtl_optax._transform import Combiner, LengthScale, from_aggregator
-from mtl_optax._tree import simple_path, weighted_sum
+from mtl_optax._tree import path_names, weighted_sum, whole_task_axis
 from mtl_optax._types import Aggregator, Params, TaskGradients, TaskMask, Updates
 
 _MISSING: Any = object()
 
 
-def _strengths_by_path(
-    strengths: PyTree[Any], rows: TaskGradients
-) -> dict[tuple[str, ...], Array]:
-    """The arrays of a tree that may lack leaves, by their place; checked."""
+def _find_strengths(strengths: PyTree[Any], rows: TaskGradients) -> list[Array | None]:
+    """Strengths leaf by leaf of `rows`, from a tree that may lack leaves; checked."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
     leaves = jax.tree_util.tree_leaves_with_path(strengths)
-    found = {simple_path(path): jnp.asarray(leaf) for path, leaf in leaves}
-    shapes = {
-        simple_path(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(rows)
-    }
-    for place, strength in found.items():
+    given = {path_names(path): jnp.asarray(leaf) for path, leaf in leaves}
+    found: list[Array | None] = []
+    known = []
+    for path, row in jax.tree_util.tree_leaves_with_path(rows, is_leaf=is_masked):
+        names = path_names(path)
+        known.append(".".join(names))
+        # NNX states hold variables, whose array stands one step further down.
+        place = names if names in given else path_names(path, variables=True)
+        strength = given.pop(place, None)
+        if is_masked(row):
+            continue  # a leaf that another transform takes care of
+        found.append(strength)
+        if strength is None:
+            continue
         where = f"strengths of leaf {'.'.join(place) or '(the whole tree)'}"
-        if place not in shapes:
-            known = ", ".join(".".join(path) for path in shapes)
+        if row.ndim < 2:
+            raise ValueError(f"{where}: expected None, since a scalar has no channels.")
+        wanted = (row.shape[0], row.shape[-1])
+        if strength.shape != wanted:
             raise ValueError(
-                f"{where}: the parameters have no such leaf. There are: {known}."
+                f"{where}: expected (T, C_out) = {wanted}, got {strength.shape}."
             )
-        shape = shapes[place]
-        if len(shape) < 2 or strength.shape != (shape[0], shape[-1]):
-            wanted = (
-                f"(T, C_out) = ({shape[0]}, {shape[-1]})"
-                if len(shape) > 1
-                else "None, since a scalar has no channels"
+        if not jnp.issubdtype(strength.dtype, jnp.floating):
+            raise TypeError(
+                f"{where}: expected floating-point numbers, got {strength.dtype}."
             )
-            raise ValueError(f"{where}: expected {wanted}, got {strength.shape}.")
+    if given:
+        unknown = ", ".join(".".join(place) for place in given)
+        raise ValueError(
+            f"strengths of leaf {unknown}: the parameters have no such leaf. There "
+            f"are: {', '.join(known)}."
+        )
     return found
 
 
@@ -55,9 +70,9 @@ def _owners(
     strengths: Float[Array, "tasks channels"], task_mask: TaskMask
 ) -> Float[Array, "tasks channels"]:
     """1 where the task has priority (the first of equals), else 0."""
+    counts = task_mask[:, None] & ~jnp.isnan(strengths)
     lowest = jnp.full((), -jnp.inf, strengths.dtype)
-    present = jnp.where(task_mask[:, None], strengths, lowest)
-    owner = jnp.argmax(present, axis=0)
+    owner = jnp.argmax(jnp.where(counts, strengths, lowest), axis=0)
     return (jnp.arange(strengths.shape[0])[:, None] == owner).astype(strengths.dtype)
 
 
@@ -70,34 +85,50 @@ def _project(
     wide = rows.astype(jnp.result_type(jnp.float32, rows.dtype))
     owned = owned.astype(wide.dtype)
     one = jnp.ones((), wide.dtype)
-    inputs = tuple(range(1, wide.ndim - 1))
+    inputs = tuple(range(wide.ndim - 2))
 
     def over_devices(reduce: Any, x: Array) -> Array:
         return x if axis_name is None else reduce(x, axis_name)
 
-    # Lengths are taken out, so that squares of long and short rows stay in range.
-    unit = jnp.max(jnp.abs(wide), axis=(*inputs, wide.ndim - 1), initial=0)
-    unit = over_devices(lax.pmax, unit)
-    unit = jnp.where(unit > 0, unit, one)
-    scaled = wide / jnp.expand_dims(unit, (*inputs, wide.ndim - 1))
+    def unit_of(largest: Array) -> Array:
+        largest = over_devices(lax.pmax, largest)
+        return jnp.where(largest > 0, largest, one)
 
-    # <G_ii, G_ij>, channel by channel and then over the whole of each group. Products
-    # and sums, no `dot`: they run at full precision and for any sharding.
-    mine = jnp.expand_dims(owned, inputs)
-    own = jnp.sum(scaled * mine, axis=0)
-    products = jnp.sum(own * scaled, axis=inputs)
+    # G_ii of all groups i in one array. Loops over tasks: XLA's CPU back end is ten
+    # times slower on sums over a first axis. Products and sums, no `dot`: they run at
+    # full precision and for any sharding.
+    def add_own(own: Array, task: tuple[Array, Array]) -> tuple[Array, None]:
+        row, mine = task
+        return own + row * mine, None
+
+    own, _ = lax.scan(add_own, jnp.zeros_like(wide[0]), (wide, owned))
+    # Units are taken out, each group's and each row's, so that squares stay in range.
+    largest = jnp.max(jnp.abs(own), axis=inputs, initial=0)
+    unit = unit_of(jnp.max(largest * owned, axis=1, initial=0))
+    own = own / jnp.sum(unit[:, None] * owned, axis=0)
+    lengths = unit_of(
+        jnp.max(jnp.abs(wide), axis=tuple(range(1, wide.ndim)), initial=0)
+    )
+
+    # <G_ii, G_ij>, channel by channel and then over the whole of each group.
+    def product(own: Array, task: tuple[Array, Array]) -> tuple[Array, Array]:
+        row, length = task
+        return own, jnp.sum(own * (row / length), axis=inputs)
+
+    _, products = lax.scan(product, own, (wide, lengths))
+    squares = jnp.sum(jnp.sum(jnp.square(own), axis=inputs) * owned, axis=1)
+    squares = over_devices(lax.psum, squares)
     groups = jnp.sum(products[None, :, :] * owned[:, None, :], axis=2)
     groups = over_devices(lax.psum, groups)
-    squares = jnp.sum(groups * jnp.eye(len(unit), dtype=one.dtype), axis=1)
 
     # A layer that belongs to one task alone has nothing to disentangle.
     channels = over_devices(lax.psum, jnp.sum(owned, axis=1))
     several = jnp.sum((channels > 0).astype(one.dtype)) > 1
-    hurt = several & (groups < 0) & (squares > 0)[:, None]
+    hurt = several & (groups < 0)
     share = groups / jnp.where(squares > 0, squares, one)[:, None]
-    taken = jnp.sum(jnp.where(hurt, share * unit, 0 * one), axis=1)
-    removed = own * jnp.expand_dims(taken @ owned, tuple(range(len(inputs))))
-    total = weighted_sum(jnp.ones(len(unit), wide.dtype), wide)
+    taken = jnp.sum(jnp.where(hurt, share * lengths, 0 * one), axis=1)
+    removed = own * jnp.sum(taken[:, None] * owned, axis=0)
+    total = weighted_sum(jnp.ones(len(wide), wide.dtype), wide)
     return (total - removed).astype(rows.dtype)
 
 
@@ -131,10 +162,13 @@ def priority_projection(
       all, elsewhere (None alone: nowhere). Leaves without strengths, and layers that
       belong to one task altogether (as at initialisation, when all strengths are
       equal), get the plain sum. Of equal strengths the first task's counts. Absent
-      tasks own nothing. A lazy tree is materialised: T backward passes.
+      tasks own nothing, nor does a task where its strength is NaN. Strengths at leaves
+      that another transform takes care of (`shared_only`) are passed over. A lazy tree
+      is materialised: T backward passes.
 
     Raises:
-      TypeError: when ``strengths`` is missing.
+      TypeError: when ``strengths`` is missing, or holds anything but floating-point
+        numbers.
       ValueError: when an array of strengths has another shape than ``(T, C_out)``, or
         stands where the parameters have no leaf.
 
@@ -181,16 +215,16 @@ def priority_projection(
                 "priorities (mtl_optax.connection_strength gives it), and None or "
                 "nothing elsewhere."
             )
-        found = _strengths_by_path(strengths, rows)
-        ones = jnp.ones(num_tasks)
+        leaves, treedef = jax.tree.flatten(rows)
 
-        def one(path: Any, g: Array) -> Array:
-            strength = found.get(simple_path(path))
+        def one(g: Array, strength: Array | None) -> Array:
             if strength is None:
-                return weighted_sum(ones, g)
-            return _project(g, _owners(jnp.asarray(strength), task_mask), axis_name)
+                return weighted_sum(jnp.ones(num_tasks), g)
+            return _project(whole_task_axis(g), _owners(strength, task_mask), axis_name)
 
-        return jax.tree_util.tree_map_with_path(one, rows), state
+        found = _find_strengths(strengths, rows)
+        updates = [one(g, s) for g, s in zip(leaves, found, strict=True)]
+        return jax.tree.unflatten(treedef, updates), state
 
     return from_aggregator(
         Aggregator(init, update), num_tasks, scale=scale, axis_name=axis_name

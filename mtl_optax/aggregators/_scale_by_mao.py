@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from mtl_optax._arguments import check_nonnegative
+from mtl_optax._arguments import check_nonnegative, check_positive
 from mtl_optax._per_task import PerTaskState, per_task
 from mtl_optax._transform import Combiner, LengthScale, from_aggregator
 from mtl_optax._tree import weighted_sum
@@ -78,9 +78,9 @@ def scale_by_mao(
       >>> [f"{x:.2f}" for x in updates["w"]]
       ['2.00', '0.00', '-1.00']
 
-    Differs from the paper in a way not known: its text was not at hand. The rule is the
-    one that two independent implementations agree on, but for the sum over tasks, where
-    one has the mean: the learning rate absorbs the factor T.
+    Not checked against the paper, whose text was not available. The rule is the one
+    that two independent implementations agree on, but for the sum over tasks, where one
+    has the mean: the learning rate absorbs the factor T.
 
     References:
       Hervella, Rouco, Novo & Ortega, `Multi-adaptive optimization for multi-task
@@ -89,7 +89,7 @@ def scale_by_mao(
     """
     check_nonnegative("b1", b1, below=1)
     check_nonnegative("b2", b2, below=1)
-    check_nonnegative("eps", eps, above_zero=True)
+    check_positive("eps", eps)
     moments = per_task(optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype), num_tasks)
 
     def init(params: Params, num_tasks: int) -> PerTaskState:
@@ -116,4 +116,7 @@ def scale_by_mao(
 
 def _wide(tree: PyTree[Any]) -> PyTree[Any]:
     """Moments of low-precision gradients are kept in float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), tree)
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.result_type(jnp.float32, jnp.asarray(x).dtype)),
+        tree,
+    )

@@ -26,6 +26,30 @@ def classifies(task: str) -> bool:
     return task.startswith("C")
 
 
+def make_heads(tasks: Sequence[str], features: int, hidden: int, rngs: nnx.Rngs) -> Any:
+    """One head of two layers a task: classes, or the pixels of a digit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from mtl_optax.examples.models import make_heads
+      >>> heads = make_heads(("CL", "RR"), 16, 32, nnx.Rngs(jax.random.key(0)))
+      >>> heads["RR"](jnp.zeros((5, 16))).shape
+      (5, 64)
+    """
+
+    def head(outputs: int) -> nnx.Sequential:
+        return nnx.Sequential(
+            nnx.Linear(features, hidden, rngs=rngs),
+            nnx.relu,
+            nnx.Linear(hidden, outputs, rngs=rngs),
+        )
+
+    return nnx.Dict(
+        {task: head(_CLASSES if classifies(task) else SIDE * SIDE) for task in tasks}
+    )
+
+
 class DigitsNet(nnx.Module):
     """Shared dense encoder, one head of two layers a task.
 
@@ -59,20 +83,7 @@ class DigitsNet(nnx.Module):
             nnx.Linear(hidden, features, rngs=rngs),
             nnx.relu,
         )
-        self.heads = nnx.Dict(
-            {
-                task: nnx.Sequential(
-                    nnx.Linear(features, hidden, rngs=rngs),
-                    nnx.relu,
-                    nnx.Linear(
-                        hidden,
-                        _CLASSES if classifies(task) else SIDE * SIDE,
-                        rngs=rngs,
-                    ),
-                )
-                for task in tasks
-            }
-        )
+        self.heads = make_heads(tasks, features, hidden, rngs)
 
     def __call__(
         self, canvas: Float[Array, "pairs 10 10"]

@@ -208,6 +208,12 @@ def verdict(found: Comparison, rows: Sequence[Row]) -> list[str]:
 def _one_verdict(
     rows: Sequence[Row], of: Callable[[Row], Estimate], clear: str, unclear: str
 ) -> str:
+    broken = [row.name for row in rows if not np.isfinite(of(row).mean)]
+    rows = [row for row in rows if row.name not in broken]
+    if not rows:
+        return f"{clear}: none, no method trained to finite metrics."
+    if any(not np.isfinite(of(row).half_width) for row in rows):
+        return f"No clear winner {unclear}: one seed has no interval."
     values = [of(row).mean for row in rows]
     intervals = [[of(row).low, of(row).high] for row in rows]
     best = rows[int(np.argmax(values))]

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 import mtl_optax as mtl
+from mtl_optax._look_ahead_steps import LookAheadSteps
 from mtl_optax.examples.digits import Pairs
 from mtl_optax.examples.models import encoder_mask, make_digits
 from mtl_optax.examples.task_norm import (
@@ -32,11 +33,10 @@ from mtl_optax.examples.trainer import (
     make_epoch,
     make_step_epoch,
 )
-from mtl_optax.jacobian import LookAheadSteps
 
 BATCH_SIZE = 128
 LOOK_EVERY = 4
-LOOK_AHEAD = 0.1  # inner learning rate, plain gradient descent
+LOOK_AHEAD = 0.03  # inner learning rate; from 0.3 on the digits overshoot
 
 PLAIN = "plain"
 CONTROL = "sum, task norms"
@@ -215,8 +215,9 @@ def _two_phases(tasks: tuple[str, ...], num_epochs: int, *, control: bool) -> Sy
         params, stats = start
         return MixedState(params, stats, _adam(rate).init(params), key)
 
-    fades = 0 if control else num_epochs
-    mixed = make_mixed_epoch(problem, _adam(0.0), BATCH_SIZE, fades)
+    mixed = make_mixed_epoch(
+        problem, _adam(0.0), BATCH_SIZE, num_epochs, phase_1=not control
+    )
 
     def epoch(
         state: MixedState, pairs: Pairs, number: int | Int[Array, ""]

@@ -17,11 +17,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 import mtl_optax as mtl
-from mtl_optax.examples.digits import CANVAS, SIDE, Pairs
-from mtl_optax.examples.models import classifies, task_losses, task_metrics
+from mtl_optax.examples.digits import CANVAS, Pairs
+from mtl_optax.examples.models import make_heads, task_losses, task_metrics
+from mtl_optax.examples.trainer import draw_batches
 from mtl_optax.layers import TaskBatchNorm
-
-_CLASSES = 10
 
 
 class TaskNormDigits(nnx.Module):
@@ -71,20 +70,7 @@ class TaskNormDigits(nnx.Module):
         self.norms = nnx.List(
             [TaskBatchNorm(width, len(tasks), rngs=rngs) for width in widths]
         )
-        self.heads = nnx.Dict(
-            {
-                task: nnx.Sequential(
-                    nnx.Linear(features, hidden, rngs=rngs),
-                    nnx.relu,
-                    nnx.Linear(
-                        hidden,
-                        _CLASSES if classifies(task) else SIDE * SIDE,
-                        rngs=rngs,
-                    ),
-                )
-                for task in self.tasks
-            }
-        )
+        self.heads = make_heads(self.tasks, features, hidden, rngs)
 
     def __call__(
         self,
@@ -221,7 +207,7 @@ def make_task_norm_digits(
     def build(key: Key[Array, ""]) -> TaskNormDigits:
         return network(tasks, **sizes, rngs=nnx.Rngs(key))
 
-    graph, _, _ = split(build(jax.random.key(0)))
+    graph, _, _ = split(nnx.eval_shape(lambda: build(jax.random.key(0))))
 
     def model_of(params: PyTree[Array], stats: PyTree[Array]) -> TaskNormDigits:
         model: TaskNormDigits = nnx.merge(graph, params, stats, copy=True)
@@ -333,6 +319,7 @@ def make_mixed_epoch(
     batch_size: int,
     num_epochs: int,
     *,
+    phase_1: bool = True,
     draw: str = "batch",
     touched: PyTree[Bool[np.ndarray, " tasks"]] | None = None,
 ) -> Callable[..., tuple[MixedState, MixedRecord]]:
@@ -349,7 +336,8 @@ def make_mixed_epoch(
       problem: what `make_task_norm_digits` returned, or another with these functions.
       tx: an optimiser of ordinary gradients, such as ``optax.adam(1e-3)``.
       batch_size: examples a step.
-      num_epochs: E, over which Phase 1 fades; 0 for no Phase 1 at all.
+      num_epochs: E, over which Phase 1 fades.
+      phase_1: whether there is a Phase 1; if not, every step is one of Phase 2.
       draw: the phase is drawn anew for each ``"batch"`` (the authors' code) or for each
         ``"epoch"`` (the paper's text).
       touched: see `mtl_optax.sequential_task_steps`.
@@ -378,8 +366,6 @@ def make_mixed_epoch(
       >>> jax.tree.map(lambda owners: owners.shape, record.owners)
       {'layers': {0: {'kernel': (64,)}, 1: {'kernel': (16,)}}}
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if draw not in ("batch", "epoch"):
         raise ValueError(f"draw must be 'batch' or 'epoch', got {draw!r}.")
     num_tasks = len(problem.tasks)
@@ -389,13 +375,13 @@ def make_mixed_epoch(
     task_grads_of = mtl.value_and_task_grads(problem.loss_fn, has_aux=True)
     combine = mtl.priority_projection(num_tasks)
 
-    def phase_1(
+    def step_alone(
         params: PyTree[Array], stats: PyTree[Array], opt_state: Any, batch: Any
     ) -> tuple[Any, ...]:
         params, opt_state, (losses, each) = sequential(params, opt_state, stats, batch)
         return params, merge_stats(each), opt_state, losses
 
-    def phase_2(
+    def step_together(
         params: PyTree[Array], stats: PyTree[Array], opt_state: Any, batch: Any
     ) -> tuple[Any, ...]:
         (losses, stats), task_grads = task_grads_of(params, stats, batch)
@@ -416,35 +402,31 @@ def make_mixed_epoch(
         number: int | Int[Array, ""],
         phase_key: Key[Array, ""],
     ) -> tuple[MixedState, MixedRecord]:
-        size = jax.tree.leaves(data)[0].shape[0]
-        steps = size // batch_size
-        if steps == 0:
-            raise ValueError(
-                f"the data hold {size} examples, less than one minibatch of "
-                f"{batch_size}."
-            )
         order_key, next_key = jax.random.split(state.key)
-        order = jax.random.permutation(order_key, size)[: steps * batch_size]
+        batches = draw_batches(order_key, data, batch_size)
 
         def step(
             carry: tuple[Any, ...], now: tuple[Array, Array]
         ) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
             at, chosen = now
             batch = jax.tree.map(lambda x: x[chosen], data)
-            if num_epochs == 0:
-                params, stats, opt_state = carry
-                *carried, losses = phase_2(params, stats, opt_state, batch)
-                return tuple(carried), (losses, jnp.zeros((), bool))
-            first = mtl.phase_schedule(
-                phase_key, number, num_epochs, step=at if draw == "batch" else None
-            )
-            *carried, losses = lax.cond(first, phase_1, phase_2, *carry, batch)
+            params, stats, opt_state = carry
+            first = jnp.zeros((), bool)
+            if phase_1:
+                first = mtl.phase_schedule(
+                    phase_key, number, num_epochs, step=at if draw == "batch" else None
+                )
+                *carried, losses = lax.cond(
+                    first, step_alone, step_together, params, stats, opt_state, batch
+                )
+            else:
+                *carried, losses = step_together(params, stats, opt_state, batch)
             return tuple(carried), (losses, first)
 
         (params, stats, opt_state), (losses, firsts) = lax.scan(
             step,
             (state.params, state.stats, state.opt_state),
-            (jnp.arange(steps), order.reshape(steps, batch_size)),
+            (jnp.arange(len(batches)), batches),
         )
         owners = jax.tree.map(
             lambda strengths: jnp.argmax(strengths, axis=0),

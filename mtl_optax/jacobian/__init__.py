@@ -1,17 +1,11 @@
 """Where task gradients come from."""
 
-from mtl_optax.jacobian._look_ahead import (
-    LookAheadSteps,
-    look_ahead_jacobian,
-    look_ahead_steps,
-)
+from mtl_optax.jacobian._look_ahead import look_ahead_jacobian
 from mtl_optax.jacobian._shared_mask import shared_mask, task_touches
 from mtl_optax.jacobian._task_jacobian import task_jacobian, value_and_task_grads
 
 __all__ = [
-    "LookAheadSteps",
     "look_ahead_jacobian",
-    "look_ahead_steps",
     "shared_mask",
     "task_jacobian",
     "task_touches",

@@ -20,7 +20,7 @@ from mtl_optax.jacobian._trace import Traits
 Mode: TypeAlias = Literal["vmap", "unroll", "map"]
 
 # Up to this many tasks a Python loop compiles fast and runs fastest on CPU.
-_UNROLL = 4
+UNROLL = 4
 
 # Rows of so few tasks are stored for the Gramian up to this size: twice as fast as
 # columns (measured on an MLP of 2M parameters, 2.0 against 4.1 plain steps for T = 2).
@@ -58,7 +58,7 @@ def like_losses(array: Array, losses: Losses) -> Array:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class _Jacobian:
+class BaseJacobian:
     """What both operators share.
 
     Attributes:
@@ -94,7 +94,7 @@ class _Jacobian:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class JointJacobian(_Jacobian):
+class JointJacobian(BaseJacobian):
     """Several losses of one batch: ``function(params) -> [T]``.
 
     Attributes:
@@ -139,7 +139,7 @@ class JointJacobian(_Jacobian):
             jnp.size(leaves[i]) * jnp.result_type(leaves[i]).itemsize
             for i in self.leaves
         )
-        few = self.mode is None and self.num_tasks <= _UNROLL
+        few = self.mode is None and self.num_tasks <= UNROLL
         return few and self.num_tasks * size <= _STORED_BYTES
 
     def _columns(self, basis: Basis | None, task_mask: TaskMask | None) -> Array:
@@ -174,14 +174,14 @@ class JointJacobian(_Jacobian):
     def _mode(self, many: Mode) -> Mode:
         if self.mode is not None:
             return self.mode
-        if many == "vmap" and self.num_tasks <= _UNROLL:
+        if many == "vmap" and self.num_tasks <= UNROLL:
             return "unroll"
         loops_badly = self.traits.convolves and jax.default_backend() == "cpu"
         return "vmap" if loops_badly else many
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class SeparateJacobian(_Jacobian):
+class SeparateJacobian(BaseJacobian):
     """One batch a task: ``function(params, batch[t]) -> scalar``.
 
     Every row runs forward and backward on its own batch only, so the Gramian is taken

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from mtl_optax._tree import isolates, materialize
-from mtl_optax.jacobian._task_jacobian import check_params, task_jacobian
+from mtl_optax.jacobian._losses import check_params
+from mtl_optax.jacobian._task_jacobian import task_jacobian
 
 
 def shared_mask(

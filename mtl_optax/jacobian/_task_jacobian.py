@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from mtl_optax._tree import lazy_tree, materialize, one_level
+from mtl_optax._tree import lazy_tree, materialize
+from mtl_optax.jacobian._losses import (
+    check_dependence,
+    check_params,
+    loss_vector,
+    scalar_loss,
+    split_aux,
+)
 from mtl_optax.jacobian._operators import JointJacobian, Mode, SeparateJacobian
 from mtl_optax.jacobian._trace import read_traits
 
@@ -153,8 +160,8 @@ def _joint(
 
     def vector_and_aux(params: PyTree[Array]) -> tuple[Array, Any]:
         out = call(params, args)
-        losses, aux = _split_aux(out, has_aux)
-        vector, names, separable = _loss_vector(losses)
+        losses, aux = split_aux(out, has_aux)
+        vector, names, separable = loss_vector(losses)
         found["names"], found["separable"] = names, separable
         return vector, aux
 
@@ -162,11 +169,11 @@ def _joint(
         return vector_and_aux(params)[0]
 
     def single(params: PyTree[Array], task: int) -> Array:
-        losses, _ = _split_aux(call(params, args), has_aux)
+        losses, _ = split_aux(call(params, args), has_aux)
         return jax.tree.leaves(losses)[task]
 
     traits = read_traits(jax.make_jaxpr(function)(params))
-    _check_dependence(traits.depends)
+    check_dependence(traits.depends)
     losses, vjp, aux = jax.vjp(vector_and_aux, params, has_aux=True)
     operator = JointJacobian(
         function=function,
@@ -197,14 +204,14 @@ def _separate(
         merged = list(args)
         for position, value in zip(mapped, batch, strict=True):
             merged[position] = value
-        loss, aux = _split_aux(call(params, merged), has_aux)
-        return _scalar_loss(loss), aux
+        loss, aux = split_aux(call(params, merged), has_aux)
+        return scalar_loss(loss), aux
 
     def all_losses(params: PyTree[Array]) -> tuple[Array, Any]:
         return jax.vmap(loss_and_aux, in_axes=(None, 0))(params, batches)
 
     traits = read_traits(jax.make_jaxpr(lambda p: all_losses(p)[0])(params))
-    _check_dependence(traits.depends)
+    check_dependence(traits.depends)
     losses, vjp, aux = jax.vjp(all_losses, params, has_aux=True)
     operator = SeparateJacobian(
         function=lambda params, batch: loss_and_aux(params, batch)[0],
@@ -256,106 +263,3 @@ def batches_by_task(
         for i in mapped
     ]
     return mapped, batches
-
-
-def _split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
-    if not has_aux:
-        return out, None
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(
-            "with has_aux=True loss_fn must return a tuple (losses, aux), got "
-            f"{type(out).__name__}."
-        )
-    return out
-
-
-def _loss_vector(losses: Any) -> tuple[Array, tuple[str, ...], bool]:
-    """The losses as ``[T]``, the tasks' names, and whether they came separately."""
-    if hasattr(losses, "ndim") and hasattr(losses, "dtype"):
-        if losses.ndim == 0:
-            raise ValueError(
-                "loss_fn returned one scalar, so there is nothing to balance: the "
-                "losses seem to be summed already. Return one loss a task, as an "
-                "array [T] or a tuple, list or dict of scalars; for one batch a task "
-                "use in_axes=(None, 0)."
-            )
-        if losses.ndim != 1 or losses.shape[0] == 0:
-            raise ValueError(
-                "loss_fn must return one scalar a task: an array of shape [T] or a "
-                "tuple, list or dict of scalars; got an array of shape "
-                f"{losses.shape}. Reduce each task's loss to a scalar first."
-            )
-        names = tuple(str(t) for t in range(losses.shape[0]))
-        return _at_least_float32(losses, "the losses"), names, False
-    names_list, scalars, _ = one_level(losses)
-    if not scalars or (len(scalars) == 1 and scalars[0] is losses):
-        raise ValueError(
-            "loss_fn must return an array [T] or a tuple, list or dict of scalars, "
-            f"got {type(losses).__name__}."
-        )
-    checked = []
-    for name, loss in zip(names_list, scalars, strict=True):
-        if not _is_scalar(loss):
-            if not hasattr(loss, "shape"):
-                raise ValueError(
-                    f"the loss of task {name!r} must be a scalar, got a "
-                    f"{type(loss).__name__}. If loss_fn returns (losses, aux), pass "
-                    "has_aux=True."
-                )
-            raise ValueError(
-                f"the loss of task {name!r} must be a scalar, got shape {loss.shape}. "
-                "Reduce it first, e.g. with jnp.mean."
-            )
-        checked.append(_at_least_float32(jnp.asarray(loss), f"the loss {name!r}"))
-    return jnp.stack(checked), tuple(names_list), True
-
-
-def _scalar_loss(loss: Any) -> Array:
-    if not _is_scalar(loss):
-        raise ValueError(
-            "with in_axes, loss_fn sees one task and must return one scalar, got "
-            f"shape {jax.tree.map(jnp.shape, loss)}."
-        )
-    return _at_least_float32(jnp.asarray(loss), "the loss")
-
-
-def _is_scalar(loss: Any) -> bool:
-    return jax.tree_util.all_leaves([loss]) and jnp.ndim(loss) == 0
-
-
-def _at_least_float32(losses: Array, what: str) -> Array:
-    if not jnp.issubdtype(losses.dtype, jnp.floating):
-        raise TypeError(
-            f"{what} must be real floating-point numbers, got dtype {losses.dtype}."
-        )
-    return losses.astype(jnp.result_type(jnp.float32, losses.dtype))
-
-
-def check_params(params: PyTree[Any]) -> None:
-    """Raises unless every leaf is a real floating-point array or number."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError("task_jacobian: the differentiated argument has no leaves.")
-    for path, leaf in leaves:
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, float):
-            raise TypeError(
-                f"parameter leaf {jax.tree_util.keystr(path)} is a "
-                f"{type(leaf).__name__}, expected an array."
-            )
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"parameter leaf {jax.tree_util.keystr(path)} has dtype "
-                f"{jnp.result_type(leaf)}; only real floating-point parameters can be "
-                "differentiated. Pass the others (step counts, random keys, batch "
-                "statistics) as another argument; of a Flax NNX model, split off the "
-                "parameters with nnx.split(model, nnx.Param, ...)."
-            )
-
-
-def _check_dependence(depends: bool) -> None:
-    if not depends:
-        raise ValueError(
-            "the Jacobian is zero everywhere: no loss depends on the differentiated "
-            "argument. Does loss_fn use a model or parameters from outside instead of "
-            "its argument, or does argnums name the wrong one?"
-        )

@@ -1,6 +1,7 @@
 """The arithmetic of a task-specific batch norm, for NNX and linen alike."""
 
-from typing import Any
+import operator
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mtl_optax._types import DType
+
+# Running mean and variance of all tasks.
+Stats: TypeAlias = tuple[Float[Array, "tasks channels"], Float[Array, "tasks channels"]]
 
 
 def read_task(task: Any, num_tasks: int) -> int:
@@ -17,19 +21,23 @@ def read_task(task: Any, num_tasks: int) -> int:
             "TaskBatchNorm: task must be a Python int, got a traced value: each task "
             "has parameters of its own, chosen when tracing. Loop over tasks in Python."
         )
-    if isinstance(task, bool) or not hasattr(task, "__index__"):
-        raise TypeError(
-            f"TaskBatchNorm: task must be an int, got {type(task).__name__}."
-        )
+    try:
+        if isinstance(task, bool) or jnp.result_type(task) == jnp.bool_:
+            raise TypeError
+        task = operator.index(task)
+    except TypeError:
+        raise TypeError(f"TaskBatchNorm: task must be an int, got {task!r}.") from None
     if not 0 <= task < num_tasks:
         raise ValueError(
             f"TaskBatchNorm: task must lie between 0 and {num_tasks - 1} (num_tasks = "
             f"{num_tasks}), got {task}."
         )
-    return int(task)
+    return task
 
 
-def check_options(num_features: int, num_tasks: int, momentum: float) -> None:
+def check_options(
+    num_features: int, num_tasks: int, momentum: float, epsilon: float
+) -> None:
     """Raises unless the options are possible ones."""
     for name, value in (("num_features", num_features), ("num_tasks", num_tasks)):
         if value < 1:
@@ -38,6 +46,8 @@ def check_options(num_features: int, num_tasks: int, momentum: float) -> None:
         raise ValueError(
             f"TaskBatchNorm: momentum must lie between 0 and 1, got {momentum}."
         )
+    if not epsilon > 0:
+        raise ValueError(f"TaskBatchNorm: epsilon must be positive, got {epsilon}.")
 
 
 def check_input(x: Array, num_features: int) -> None:
@@ -57,7 +67,32 @@ def stats_dtype(param_dtype: DType) -> DType:
     return jnp.result_type(jnp.float32, param_dtype)
 
 
-def batch_moments(
+def apply(
+    x: Float[Array, "*batch channels"],
+    task: int,
+    stats: Stats,
+    scale: Float[Array, " channels"],
+    bias: Float[Array, " channels"],
+    *,
+    use_running_average: bool,
+    momentum: float,
+    epsilon: float,
+    dtype: DType | None,
+) -> tuple[Float[Array, "*batch channels"], Stats]:
+    """`x` normalised for one task, and all tasks' running statistics afterwards."""
+    running_mean, running_var = stats
+    if use_running_average:
+        mean, var = running_mean[task], running_var[task]
+    else:
+        mean, var = _batch_moments(x)
+        stats = (
+            _moved(running_mean, mean, task, momentum),
+            _moved(running_var, _unbiased(var, x), task, momentum),
+        )
+    return _normalize(x, mean, var, scale, bias, epsilon, dtype), stats
+
+
+def _batch_moments(
     x: Float[Array, "*batch channels"],
 ) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
     """Mean and biased variance over all axes but the last, float32 at least."""
@@ -67,7 +102,7 @@ def batch_moments(
     return mean, jnp.mean(jnp.square(wide - mean), axis=axes)
 
 
-def moved(
+def _moved(
     running: Float[Array, "tasks channels"],
     batch: Float[Array, " channels"],
     task: int,
@@ -81,7 +116,7 @@ def moved(
     return jnp.concatenate([running[:task], row, running[task + 1 :]])
 
 
-def unbiased(
+def _unbiased(
     var: Float[Array, " channels"], x: Float[Array, "*batch channels"]
 ) -> Float[Array, " channels"]:
     """The unbiased variance; of a single element, the biased one."""
@@ -89,7 +124,7 @@ def unbiased(
     return var * (count / max(count - 1, 1))
 
 
-def normalize(
+def _normalize(
     x: Float[Array, "*batch channels"],
     mean: Float[Array, " channels"],
     var: Float[Array, " channels"],

@@ -49,6 +49,10 @@ class TaskBatchNorm(nn.Module):
       >>> scale = stacked_scale(variables["params"])
       >>> mtl.connection_strength(jnp.ones((5, 2)), scale, var).shape
       (3, 2)
+
+    References:
+      Jeong & Yoon, `Quantifying Task Priority for Multi-Task Optimization
+      <https://arxiv.org/abs/2406.02996>`_, CVPR 2024, equation 5.
     """
 
     num_features: int
@@ -78,7 +82,9 @@ class TaskBatchNorm(nn.Module):
           TypeError: when `task` is traced or no int.
           ValueError: when `task` is out of range or `x` has another shape.
         """
-        norm.check_options(self.num_features, self.num_tasks, self.momentum)
+        norm.check_options(
+            self.num_features, self.num_tasks, self.momentum, self.epsilon
+        )
         task = norm.read_task(task, self.num_tasks)
         norm.check_input(x, self.num_features)
         shape, stats = (self.num_features,), norm.stats_dtype(self.param_dtype)
@@ -92,20 +98,20 @@ class TaskBatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, rows, stats)
         if use_running_average is None:
             use_running_average = self.use_running_average
-        if use_running_average:
-            mean, var = running_mean.value[task], running_var.value[task]
-        else:
-            mean, var = norm.batch_moments(x)
-            if not self.is_initializing():
-                running_mean.value = norm.moved(
-                    running_mean.value, mean, task, self.momentum
-                )
-                running_var.value = norm.moved(
-                    running_var.value, norm.unbiased(var, x), task, self.momentum
-                )
-        return norm.normalize(
-            x, mean, var, scales[task], biases[task], self.epsilon, self.dtype
+        y, stats = norm.apply(
+            x,
+            task,
+            (running_mean.value, running_var.value),
+            scales[task],
+            biases[task],
+            use_running_average=use_running_average,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
         )
+        if not use_running_average and not self.is_initializing():
+            running_mean.value, running_var.value = stats
+        return y
 
 
 def stacked_scale(params: Mapping[str, Any]) -> Float[Array, "tasks channels"]:
@@ -124,6 +130,10 @@ def stacked_scale(params: Mapping[str, Any]) -> Float[Array, "tasks channels"]:
       >>> variables = norm.init(jax.random.key(0), jnp.ones((3, 4)), 0)
       >>> stacked_scale(variables["params"]).shape
       (2, 4)
+
+    References:
+      Jeong & Yoon, `Quantifying Task Priority for Multi-Task Optimization
+      <https://arxiv.org/abs/2406.02996>`_, CVPR 2024, equation 5.
     """
     names = [name for name in params if name.startswith("scale_")]
     if not names:
@@ -131,4 +141,5 @@ def stacked_scale(params: Mapping[str, Any]) -> Float[Array, "tasks channels"]:
             "stacked_scale: expected the parameters of one TaskBatchNorm (scale_0, "
             f"bias_0, ...), got the names {sorted(params)}."
         )
-    return jnp.stack([params[f"scale_{t}"] for t in range(len(names))])
+    scales = [params[f"scale_{t}"] for t in range(len(names))]
+    return jnp.stack(scales, axis=-2)  # a stack of layers may have axes in front

@@ -1,35 +1,32 @@
-"""Phase 1 of connection-strength optimisation, and the mixing of its two phases.
+"""Phase 1 of connection-strength optimisation.
 
 Jeong & Yoon, "Quantifying Task Priority for Multi-Task Optimization", CVPR 2024,
-equation 9 and Algorithm 1. Phase 2 is `mtl_optax.priority_projection`.
+equation 9. Phase 2 is `mtl_optax.priority_projection`, the mixing
+`mtl_optax.phase_schedule`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Int, Key, PyTree, UInt32
+from jaxtyping import Array, Bool, PyTree
 
-from mtl_optax._arguments import check_num_tasks
+from mtl_optax._arguments import check_num_tasks, check_transform
+from mtl_optax._touched import Flag, keep_untouched, touched_leaves
 from mtl_optax._transform import Combiner
 from mtl_optax._tree import flatten, same_structure
 from mtl_optax._types import Params, State
-from mtl_optax.jacobian._task_jacobian import (
-    _loss_vector,
-    _scalar_loss,
-    _split_aux,
-    batches_by_task,
-    check_options,
+from mtl_optax.jacobian._losses import (
+    at_least_float32,
     check_params,
+    loss_vector,
+    scalar_loss,
+    split_aux,
 )
-
-# Of one leaf: known when tracing, or computed in the step.
-_Flag: TypeAlias = bool | Array
-
-_NO_PARAMETER: Any = object()
+from mtl_optax.jacobian._task_jacobian import batches_by_task, check_options
 
 
 def sequential_task_steps(
@@ -57,13 +54,22 @@ def sequential_task_steps(
 
     A leaf that a task does not touch keeps its value *and* its optimiser state, as in
     PyTorch, where its gradient is None. (In optax a zero gradient still moves momentum,
-    Adam and weight decay.) What belongs to no single leaf, such as Adam's step count,
-    advances if any leaf that shares the smallest part of the state with it is touched.
-    The one count of a plain `optax.adam` thus advances T times a batch, and the bias
-    correction of heads ends early; ``optax.partition({"shared": adam, "a": adam, "b":
-    adam}, labels)`` counts each head's own steps, as PyTorch does. (A group whose state
-    holds nothing but a count, as SGD with a schedule, advances at every step. What
-    mixes leaves after the optimiser sees updates of untouched leaves too.)
+    Adam and weight decay.) What in the state is not of one leaf alone:
+
+    * ``optax.adam(1e-3)`` has one step count for all leaves. It advances T times a
+      batch, also for heads that step only once, so that their bias correction fades too
+      early.
+    * ``optax.partition({"shared": adam, "a": adam, "b": adam}, labels)`` has a count a
+      group. It advances when the task touches a leaf of the group: once a batch for a
+      head, which is how PyTorch counts.
+    * The count of a group that stores nothing else (SGD with a schedule) advances with
+      all tasks: nothing in the state tells which leaves are its own.
+    * ``optax.chain(optax.adam(1e-3), optax.clip_by_global_norm(1.0))`` takes the norm
+      of all updates, also of those that are then dropped because the task does not
+      touch the leaf. Clip before Adam: there, untouched leaves have zero gradients.
+    * What acts at every k-th call (`optax.apply_every`, SAM) counts tasks, not batches:
+      some heads may never have their turn. Give each head its own by `optax.partition`.
+      `optax.MultiSteps` as a whole is refused for this reason.
 
     A NaN loss writes NaN into every leaf that its task touches, and so into the tasks
     that follow. ``optax.apply_if_finite(tx, n)`` leaves such a task's step out.
@@ -71,7 +77,9 @@ def sequential_task_steps(
     Args:
       loss_fn: all losses, as for `task_jacobian`; only one at a time is differentiated.
         With `in_axes` one scalar. The first argument holds the parameters.
-      tx: an optax optimiser of ordinary gradients, without a combiner.
+      tx: an optax optimiser of ordinary gradients, without a combiner; it gets no extra
+        arguments. Labels of `optax.partition` and masks of `optax.masked` must be
+        trees, not functions.
       num_tasks: T, static.
       has_aux: `loss_fn` returns ``(losses, aux)``.
       in_axes: for *one batch a task*, as for `task_jacobian`, e.g. ``(None, 0)``.
@@ -91,7 +99,8 @@ def sequential_task_steps(
     Raises:
       ValueError: at trace time, for a number of losses other than `num_tasks`, losses
         that are not scalars, or a `touched` of another structure.
-      TypeError: when `tx` is a combiner, or losses or parameters are not real
+      TypeError: when `tx` is a combiner, `optax.MultiSteps` or no transform
+        (``optax.adam``, not called yet), or losses or parameters are not real
         floating-point numbers.
 
     Example:
@@ -113,12 +122,20 @@ def sequential_task_steps(
       Jeong & Yoon, `Quantifying Task Priority for Multi-Task Optimization
       <https://arxiv.org/abs/2406.02996>`_, CVPR 2024, equation 9.
     """
+    who = "sequential_task_steps"
     check_num_tasks(num_tasks)
+    check_transform(who, "tx", tx)
     if isinstance(tx, Combiner):
         raise TypeError(
             "sequential_task_steps: tx must be an optimiser of ordinary gradients, "
             "such as optax.adam(1e-3), got a combiner; there is one task at a time "
             "and nothing to combine."
+        )
+    if isinstance(tx, optax.MultiSteps):
+        raise TypeError(
+            "sequential_task_steps: optax.MultiSteps counts the steps of all tasks "
+            "together, so that some heads would never move. Accumulate outside, or "
+            "give each head one of its own by optax.partition."
         )
     check_options(None, in_axes)
     axes = None if in_axes is None else tuple(in_axes)
@@ -134,13 +151,13 @@ def sequential_task_steps(
             def loss_and_aux(
                 params: Params, task: int = task, own: tuple[Any, ...] = own
             ) -> tuple[Array, Any]:
-                out, aux = _split_aux(loss_fn(params, *own, **kwargs), has_aux)
+                out, aux = split_aux(loss_fn(params, *own, **kwargs), has_aux)
                 if axes is not None:
-                    return _scalar_loss(out), aux
+                    return scalar_loss(out), aux
                 return _loss_of_task(out, task, num_tasks), aux
 
             (loss, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params)
-            flags: list[_Flag]
+            flags: list[Flag]
             grad_leaves, treedef = flatten(grads)
             if static is not None:
                 flags = [tasks[task] for tasks in static]
@@ -152,13 +169,14 @@ def sequential_task_steps(
             elif num_tasks == 1:
                 flags = [True] * len(grad_leaves)
             else:
-                flags = [jnp.any(g != 0) for g in grad_leaves]
-            flag_tree = jax.tree.unflatten(treedef, flags)
-            updates, new_state = _update(tx, grads, opt_state, params)
-            params = jax.tree.map(
-                _choose, flag_tree, optax.apply_updates(params, updates), params
+                flags = jax.tree.leaves(touched_leaves(grads))
+            params, opt_state = keep_untouched(
+                who,
+                tx,
+                jax.tree.unflatten(treedef, flags),
+                _step(tx, grads, opt_state, params),
+                (params, opt_state),
             )
-            opt_state = _merge_states(tx, flag_tree, new_state, opt_state)
             losses.append(loss)
             auxs.append(aux)
         stacked = jnp.stack(losses)
@@ -171,7 +189,7 @@ def sequential_task_steps(
 
 
 def _loss_of_task(losses: Any, task: int, num_tasks: int) -> Array:
-    vector, names, separable = _loss_vector(losses)
+    vector, names, separable = loss_vector(losses)
     if len(names) != num_tasks:
         raise ValueError(
             f"sequential_task_steps: expected num_tasks = {num_tasks} losses, loss_fn "
@@ -182,7 +200,7 @@ def _loss_of_task(losses: Any, task: int, num_tasks: int) -> Array:
     # Not through the vector: the other losses must not be part of what is
     # differentiated, for their cost and their NaNs.
     loss = jnp.asarray(jax.tree.leaves(losses)[task])
-    return loss.astype(jnp.result_type(jnp.float32, loss.dtype))
+    return at_least_float32(loss, f"the loss {names[task]!r}")
 
 
 def _args_of_task(
@@ -243,7 +261,7 @@ def _read_touched(
     return read
 
 
-def _update(
+def _step(
     tx: optax.GradientTransformation, grads: Params, opt_state: State, params: Params
 ) -> tuple[Params, State]:
     try:
@@ -254,137 +272,4 @@ def _update(
             "be an optax optimiser without a combiner of task gradients in it."
         )
         raise
-    before, after = jax.tree.structure(opt_state), jax.tree.structure(new_state)
-    if not same_structure(before, after):
-        raise ValueError(
-            "sequential_task_steps: tx must keep its state's structure; expected "
-            f"{before}, got {after}."
-        )
-    return updates, new_state
-
-
-def _merge_states(
-    tx: optax.GradientTransformation, flags: Params, new: State, old: State
-) -> State:
-    """The new state of what was touched, the old state of the rest."""
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    marks = optax.tree_utils.tree_map_params(
-        tx,
-        lambda value, flag: value if is_masked(value) else flag,
-        old,
-        flags,
-        transform_non_params=lambda _: _NO_PARAMETER,
-        is_leaf=is_masked,
-    )
-    places = jax.tree_util.tree_leaves_with_path(marks)
-    known = [(path, flag) for path, flag in places if flag is not _NO_PARAMETER]
-
-    def around(path: tuple[Any, ...]) -> _Flag:
-        for depth in reversed(range(len(path))):
-            near = [f for other, f in known if other[:depth] == path[:depth]]
-            if near:
-                return _any(near)
-        return _any(jax.tree.leaves(flags))
-
-    chosen = [around(path) if f is _NO_PARAMETER else f for path, f in places]
-    old_leaves, treedef = flatten(old)
-    merged = [
-        _choose(flag, a, b)
-        for flag, a, b in zip(chosen, jax.tree.leaves(new), old_leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, merged)
-
-
-def _any(flags: Sequence[_Flag]) -> _Flag:
-    if all(isinstance(flag, bool) for flag in flags):
-        return any(flags)
-    return jnp.any(jnp.stack([jnp.asarray(flag) for flag in flags]))
-
-
-def _choose(flag: _Flag, new: Any, old: Any) -> Any:
-    if isinstance(flag, bool):
-        return new if flag else old
-    return jnp.where(flag, new, old)
-
-
-def phase_schedule(
-    key: Key[Array, ""] | UInt32[Array, "..."],
-    epoch: int | Int[Array, ""],
-    num_epochs: int | Int[Array, ""],
-    *,
-    step: int | Int[Array, ""] | None = None,
-) -> Bool[Array, ""]:
-    r"""Draws the phase: True for Phase 1, ever less often as training goes on.
-
-    .. math:: \text{Phase 1} \iff P \ge e / E, \qquad P \sim U(0, 1)
-
-    Phase 1 has the probability ``1 - e / E``: always at epoch 0, never from epoch E on,
-    and ``(E + 1) / (2 E)`` of a whole run. Give the same key all run long: `epoch` and
-    `step` are folded into it, so the draw can be repeated without any state.
-
-    For one compiled step without retracing, pass `epoch` and `step` as arrays and
-    branch by ``jax.lax.cond(mtl.phase_schedule(key, epoch, num_epochs, step=step),
-    phase_1, phase_2, state)``. Under `vmap` over seeds keep `key`, `epoch` and `step`
-    unbatched: a batched draw turns `cond` into a selection, which pays for both.
-
-    Args:
-      key: random key of the run, typed or legacy.
-      epoch: e, counted from 0; may be traced.
-      num_epochs: E; may be traced.
-      step: number of the batch; may be traced. Given, the phase is drawn once a batch;
-        left out, once an epoch.
-
-    Returns:
-      a scalar array of bool.
-
-    Raises:
-      ValueError: if a number is concrete and out of range.
-      TypeError: if a number is not an integer.
-
-    Example:
-      >>> import jax
-      >>> import mtl_optax as mtl
-      >>> key = jax.random.key(0)
-      >>> [bool(mtl.phase_schedule(key, epoch, 4)) for epoch in (0, 4)]
-      [True, False]
-      >>> steps = jax.numpy.arange(1000)
-      >>> draw = jax.vmap(lambda step: mtl.phase_schedule(key, 1, 4, step=step))
-      >>> round(float(draw(steps).mean()), 1)  # 1 - 1/4, within sampling error
-      0.8
-
-    References:
-      Jeong & Yoon, `Quantifying Task Priority for Multi-Task Optimization
-      <https://arxiv.org/abs/2406.02996>`_, CVPR 2024, Algorithm 1. The paper's text
-      draws once an epoch, the authors' code once a batch; epochs count from 0 in the
-      code.
-    """
-    _check_integer("num_epochs", num_epochs, at_least=1)
-    _check_integer("epoch", epoch, at_least=0)
-    key = jax.random.fold_in(key, epoch)
-    if step is not None:
-        _check_integer("step", step, at_least=0)
-        key = jax.random.fold_in(key, step)
-    # In float32 whatever the mode, so that x64 does not change the draws.
-    share = jnp.asarray(epoch, jnp.float32) / jnp.asarray(num_epochs, jnp.float32)
-    return jax.random.uniform(key, (), jnp.float32) >= share
-
-
-def _check_integer(name: str, value: Any, *, at_least: int) -> None:
-    if isinstance(value, bool) or not jnp.issubdtype(
-        jnp.result_type(value), jnp.integer
-    ):
-        raise TypeError(
-            f"phase_schedule: {name} must be an integer, got {type(value).__name__} "
-            f"of dtype {jnp.result_type(value)}."
-        )
-    if jnp.ndim(value) != 0:
-        raise ValueError(
-            f"phase_schedule: {name} must be a scalar, got shape {jnp.shape(value)}."
-        )
-    if not isinstance(value, jax.core.Tracer) and value < at_least:
-        raise ValueError(
-            f"phase_schedule: {name} must be at least {at_least}, got {value}."
-        )
+    return optax.apply_updates(params, updates), new_state

@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where plots go (default: ./%(default)s)",
     )
     demo.add_argument("--no-plots", action="store_true", help="print the table only")
+    demo.add_argument(
+        "--no-costs", action="store_true", help="do not measure what a step costs"
+    )
     demo.add_argument("--quiet", action="store_true", help="no progress, table only")
     demo.set_defaults(run=_demo)
 
@@ -260,13 +263,15 @@ def _demo(arguments: argparse.Namespace) -> None:
     if not arguments.quiet:
         _say(
             f"{'_'.join(tasks)}: one network for each task alone, and one for all "
-            f"tasks under each of {', '.join(arguments.methods)}.\n"
-            f"{arguments.seeds} seeds x {len(arguments.lr)} learning rates "
-            f"({runs} runs at once), {arguments.epochs} epochs."
+            f"tasks under {', '.join(arguments.methods)}.\n"
+            f"{_count(arguments.seeds, 'seed')} x "
+            f"{_count(len(arguments.lr), 'learning rate')} ({_count(runs, 'run')} at "
+            f"once), {_count(arguments.epochs, 'epoch')}."
         )
         sys.stdout.flush()
     systems = with_controls(arguments.methods)
-    total = (len(tasks) + len(systems)) * arguments.epochs + len(systems) + 1
+    total = (len(tasks) + len(systems)) * arguments.epochs
+    total += 0 if arguments.no_costs else len(systems) + 1
     with _progress(total, arguments.quiet) as advance:
         found = compare(
             tasks,
@@ -274,7 +279,7 @@ def _demo(arguments: argparse.Namespace) -> None:
             num_seeds=arguments.seeds,
             num_epochs=arguments.epochs,
             learning_rates=arguments.lr,
-            with_costs=True,
+            with_costs=not arguments.no_costs,
             key=jax.random.key(0),
             on_epoch=advance,
             on_cost=lambda name: advance(f"cost of {name}"),
@@ -301,6 +306,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     _say("\n" + _recipe(best.name, tasks, best.learning_rate))
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _notes(arguments: argparse.Namespace) -> list[str]:
     notes = [
         f"± is the 95 % t interval of the mean over {arguments.seeds} seeds.",
@@ -317,10 +326,11 @@ def _notes(arguments: argparse.Namespace) -> list[str]:
         notes.append("lr: of Adam, chosen for each method on validation pairs.")
     else:
         notes.append("lr: of Adam, the same for all methods.")
-    notes.append(
-        "time, memory: of one step of this small network, beside Adam on the summed "
-        "loss (1 x); memory is temporary arrays and optimiser state."
-    )
+    if not arguments.no_costs:
+        notes.append(
+            "time, memory: of one step of this small network, beside Adam on the "
+            "summed loss (1 x); memory is temporary arrays and optimiser state."
+        )
     if "priority_projection" in arguments.methods:
         notes.append(
             "priority_projection: with a batch norm a task and two phases; 'sum, task "
@@ -345,7 +355,9 @@ _RECIPES = {
         ")",
         "params, opt_state, losses = step(params, init(params), batch)",
     ),
-    "priority_projection": (  # the whole of it is longer: the README has a recipe
+    "priority_projection": (
+        "# with a network of your own: see the README; with the network and the pairs",
+        "# of digits in mtl_optax.examples:",
         "from mtl_optax.examples import task_norm",
         "problem, tx = task_norm.make_task_norm_digits({names}), optax.adam({rate:g})",
         "epoch = task_norm.make_mixed_epoch(problem, tx, 128, num_epochs=20)",
@@ -371,8 +383,8 @@ def _recipe(method: str, tasks: Sequence[str], rate: float) -> str:
     ]
     return "\n".join(
         [
-            f"The same in your own chain, with {method} for example "
-            "(loss_fn returns one scalar a task):",
+            f"The same in your own training, with {method} for example (loss_fn "
+            "returns one scalar a task):",
             "",
             *(f"    {line}" for line in lines),
         ]

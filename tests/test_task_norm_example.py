@@ -172,6 +172,7 @@ def by_hand(problem):
     return laws.quick_jit(phase_1), laws.quick_jit(phase_2)
 
 
+@pytest.mark.slow
 def test_an_epoch_is_what_its_parts_do_step_by_step(pairs, dense, start, epoch):
     """Epoch 0 is all Phase 1, epoch E all Phase 2."""
     data = few(pairs, 32)

@@ -36,7 +36,7 @@ def _find_strengths(strengths: PyTree[Any], rows: TaskGradients) -> list[Array |
     known = []
     for path, row in jax.tree_util.tree_leaves_with_path(rows, is_leaf=is_masked):
         names = path_names(path)
-        known.append(".".join(names))
+        known.append(".".join(path_names(path, variables=True)))
         # NNX states hold variables, whose array stands one step further down.
         place = names if names in given else path_names(path, variables=True)
         strength = given.pop(place, None)

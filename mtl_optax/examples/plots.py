@@ -48,7 +48,8 @@ def save_plots(found: Comparison, folder: Path) -> list[Path]:
       folder: must exist.
 
     Returns:
-      the files: ``summary.png``, ``losses.png``, ``weights.png``, ``cosine.png``.
+      the files: ``summary.png``, ``losses.png``, and, where any method has weights or
+      one set of task gradients a step, ``weights.png`` and ``cosine.png``.
     """
     drawings: dict[str, Callable[[Comparison], Figure]] = {
         "summary.png": plot_summary,
@@ -57,6 +58,10 @@ def save_plots(found: Comparison, folder: Path) -> list[Path]:
         "cosine.png": plot_cosines,
     }
     files = []
+    if all(o.record.task_weights is None for o in found.methods.values()):
+        del drawings["weights.png"]
+    if all(o.record.gramians is None for o in found.methods.values()):
+        del drawings["cosine.png"]
     for name, draw in drawings.items():
         file = folder / name
         draw(found).savefig(file, dpi=130)

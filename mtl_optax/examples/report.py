@@ -199,7 +199,7 @@ def verdict(found: Comparison, rows: Sequence[Row]) -> list[str]:
             rows,
             lambda row: row.worst,
             f"Served {tasks} best (its worst task lost least)",
-            f"which served {tasks} best (whose worst task lost least)",
+            f"as to which served {tasks} best (whose worst task lost least)",
         ),
         _one_verdict(rows, lambda row: row.gain, "Best Delta_m", "by Delta_m"),
     ]

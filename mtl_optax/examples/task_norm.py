@@ -122,8 +122,10 @@ class ConvTaskNormDigits(TaskNormDigits):
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from mtl_optax.examples.task_norm import ConvTaskNormDigits
-      >>> model = ConvTaskNormDigits(("CL", "RR"), rngs=nnx.Rngs(jax.random.key(0)))
-      >>> model(jnp.zeros((5, 10, 10)), "CL").shape
+      >>> def outputs():
+      ...     model = ConvTaskNormDigits(("CL", "RR"), rngs=nnx.Rngs(0))
+      ...     return model(jnp.zeros((5, 10, 10)), "CL")
+      >>> jax.eval_shape(outputs).shape
       (5, 10)
     """
 

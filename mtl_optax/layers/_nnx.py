@@ -48,6 +48,8 @@ class TaskBatchNorm(nnx.Module):
       biases: T parameters ``[C]``, zeros at first.
       running_mean: batch statistics ``[T, C]``, zeros at first.
       running_var: batch statistics ``[T, C]``, ones at first.
+      scale: the scales as one array ``[T, C]``, for `connection_strength`.
+      var: the running variances as an array ``[T, C]``, for `connection_strength`.
 
     Raises:
       ValueError: for sizes below 1 and a momentum outside [0, 1].

@@ -27,8 +27,17 @@ from mtl_optax.examples.report import estimate, metric_name
 from mtl_optax.metrics import cosine_matrix
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart; grey is single task.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vPX"
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#8B5A2B",
+)
+_MARKERS = "osD^vPX*"
 _GREY = "#7a7a7a"
 _MOST_POINTS = 60
 _LINEAR_BELOW = 0.01

@@ -200,7 +200,9 @@ def plot_weights(found: Comparison) -> Figure:
         figure,
         "Weights of the task gradients",
         _smoothing(found),
-        _handles(found, single=False),
+        _handles(
+            found, single=False, drawn=lambda o: o.record.task_weights is not None
+        ),
     )
     return figure
 
@@ -239,7 +241,7 @@ def plot_cosines(found: Comparison) -> Figure:
         figure,
         "Do the tasks pull the encoder the same way?",
         _smoothing(found),
-        _handles(found, single=False),
+        _handles(found, single=False, drawn=lambda o: o.record.gramians is not None),
     )
     return figure
 
@@ -268,10 +270,16 @@ def _style(found: Comparison, name: str) -> tuple[str, str]:
 
 
 def _handles(
-    found: Comparison, *, lines: bool = True, single: bool = True
+    found: Comparison,
+    *,
+    lines: bool = True,
+    single: bool = True,
+    drawn: Callable[[Outcome], bool] = lambda outcome: True,
 ) -> list[Line2D]:
     handles = []
-    for name in found.methods:
+    for name, outcome in found.methods.items():
+        if not drawn(outcome):
+            continue
         colour, marker = _style(found, name)
         style: dict[str, Any] = {"linewidth": 2.2} if lines else {"linestyle": ""}
         if not lines:

@@ -69,6 +69,21 @@ def replicated(tree, axes):
     return jax.device_put(tree, NamedSharding(mesh(axes), P()))
 
 
+def placed(tree, axes, specs):
+    """Leaf by leaf; a spec may stand for a whole subtree."""
+    spread = jax.tree.map(
+        lambda spec, below: jax.tree.map(lambda _: spec, below),
+        specs,
+        tree,
+        is_leaf=lambda x: isinstance(x, P),
+    )
+    return jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(mesh(axes), spec)),
+        tree,
+        spread,
+    )
+
+
 @functools.cache
 def setting(method):
     """Rows, and a state after enough steps to fill a history."""
@@ -202,6 +217,8 @@ def check_sharded(method, form, axes, layout):
             check_vma=False,
         )
         rows, params = put(zero, axes, whole), put(at.params, axes, specs)
+        extras = placed(extras_at(method), axes, extra_specs(extras, specs))
+        state = placed(at.state, axes, held)
         found = laws.quick_jit(inside)(rows, extras, state, params)
         wanted = compiled_step(method)(zero, extras_at(method), at.state, at.params)
     found, wanted = jax.device_get(found), jax.device_get(wanted)

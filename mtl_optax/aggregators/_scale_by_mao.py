@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from mtl_optax._arguments import check_nonnegative, check_positive
 from mtl_optax._per_task import PerTaskState, per_task
-from mtl_optax._transform import Combiner, LengthScale, from_aggregator
+from mtl_optax._transform import Combiner, from_aggregator
 from mtl_optax._tree import weighted_sum
 from mtl_optax._types import Aggregator, DType, Params, TaskGradients, TaskMask, Updates
 
@@ -29,8 +29,6 @@ def scale_by_mao(
     eps: float = 1e-8,
     *,
     mu_dtype: DType | None = None,
-    scale: LengthScale = "paper",
-    axis_name: Any = None,
 ) -> Combiner:
     r"""Sums Adam's steps of every task, each with moments of its own.
 
@@ -57,8 +55,6 @@ def scale_by_mao(
       eps: added outside the root; 1e-8 as in Adam. Gradients below it are not lifted.
       mu_dtype: dtype of the first moments, as in `optax.adam`; default: as the second.
         (Second moments need float32: at ``b2 = 0.999`` a bfloat16 would never change.)
-      scale: ``"paper"`` (the sum) or ``"norm"``; see `from_aggregator`.
-      axis_name: see `from_aggregator`.
 
     Returns:
       a `Combiner`. **Memory**: 2 T copies of the parameters, in float32 at least (with
@@ -109,9 +105,9 @@ def scale_by_mao(
         total = weighted_sum(jnp.ones(num_tasks), steps)
         return jax.tree.map(lambda u, g: u.astype(g.dtype), total, rows), state
 
-    return from_aggregator(
-        Aggregator(init, update), num_tasks, scale=scale, axis_name=axis_name
-    )
+    # No `scale="norm"`: it would bring back the gradients' lengths, and blow up
+    # rounding where the steps of opposed tasks cancel.
+    return from_aggregator(Aggregator(init, update), num_tasks)
 
 
 def _wide(tree: PyTree[Any]) -> PyTree[Any]:

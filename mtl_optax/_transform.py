@@ -27,6 +27,7 @@ from mtl_optax._tree import (
     norm,
     one_level,
     present_rows,
+    same_structure,
     scale_tree,
     state_dtype,
     weighted_sum,
@@ -475,11 +476,15 @@ def _check_state(what: str, before: State, after: State) -> None:
 
 def _check_updates(updates: Updates, rows: TaskGradients) -> None:
     """An aggregator's updates have the parameters' shapes."""
-    wanted = jax.tree.map(lambda g: g.shape[1:], rows)
-    found = jax.tree.map(jnp.shape, updates)
-    if found != wanted:
+    wanted = [g.shape[1:] for g in jax.tree.leaves(rows)]
+    found = [jnp.shape(u) for u in jax.tree.leaves(updates)]
+    # Leaf by leaf: the containers of some libraries have an equality of their own.
+    alike = same_structure(jax.tree.structure(updates), jax.tree.structure(rows))
+    if not alike or found != wanted:
         raise ValueError(
-            f"the aggregator returned updates of shapes {found}, expected {wanted}."
+            "the aggregator returned updates of shapes "
+            f"{jax.tree.map(jnp.shape, updates)}, expected "
+            f"{jax.tree.map(lambda g: g.shape[1:], rows)}."
         )
 
 

@@ -55,6 +55,11 @@ def read_mask(
     return [bool(flag) for flag in flags]
 
 
+def is_masked(node: Any) -> bool:
+    """Whether the node stands for a leaf that another transform takes care of."""
+    return isinstance(node, optax.MaskedNode)
+
+
 def part_of(tree: PyTree[Any], marks: Sequence[bool], wanted: bool) -> PyTree[Any]:
     """The tree with `optax.MaskedNode` for every leaf that is not marked as wanted."""
     leaves, treedef = flatten(tree)
@@ -69,11 +74,7 @@ def merge_parts(
     shared: PyTree[Any], others: PyTree[Any], marks: Sequence[bool]
 ) -> PyTree[Any]:
     """One tree again of the two that `part_of` gives."""
-
-    def masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    ours, treedef = jax.tree.flatten(shared, is_leaf=masked)
-    theirs = jax.tree.leaves(others, is_leaf=masked)
+    ours, treedef = jax.tree.flatten(shared, is_leaf=is_masked)
+    theirs = jax.tree.leaves(others, is_leaf=is_masked)
     merged = [a if mark else b for a, b, mark in zip(ours, theirs, marks, strict=True)]
     return jax.tree.unflatten(treedef, merged)

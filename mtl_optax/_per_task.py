@@ -11,6 +11,7 @@ from mtl_optax._arguments import check_num_tasks, check_transform
 from mtl_optax._transform import Combiner, read_task_mask
 from mtl_optax._tree import (
     check_task_axis,
+    choose_rows,
     materialize,
     present_rows,
     same_structure,
@@ -107,15 +108,11 @@ def per_task(
         if mask is not None:
             updates = jax.tree.map(lambda u: present_rows(u, mask), updates)
             new = jax.tree.map(
-                lambda a, b: jnp.where(_along(mask, a), a, b), new, state.per_task
+                lambda a, b: choose_rows(mask, a, b), new, state.per_task
             )
         return updates, PerTaskState(new)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _along(mask: Array, x: Array) -> Array:
-    return mask.reshape((-1,) + (1,) * (x.ndim - 1))
 
 
 def _check_shapes(updates: Any, rows: TaskGradients) -> None:

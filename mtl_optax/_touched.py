@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from mtl_optax._masks import is_masked
 from mtl_optax._tree import flatten, same_structure
 from mtl_optax._types import Params, State, Updates
 
@@ -59,9 +60,6 @@ def _merge_states(
     new: State,
     old: State,
 ) -> State:
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
     try:
         marks = optax.tree_utils.tree_map_params(
             tx,

@@ -335,8 +335,13 @@ def present_rows(x: Array, task_mask: TaskMask | None) -> Array:
     """Rows of absent tasks become zeros, whatever stood in them."""
     if task_mask is None:
         return x
-    mask = task_mask.reshape((-1,) + (1,) * (x.ndim - 1))
-    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+    return choose_rows(task_mask, x, jnp.zeros((), x.dtype))
+
+
+def choose_rows(task_mask: TaskMask, present: Array, absent: Array) -> Array:
+    """Rows of present tasks from one array, of absent ones from the other."""
+    mask = task_mask.reshape((-1,) + (1,) * (present.ndim - 1))
+    return jnp.where(mask, present, absent)
 
 
 def _leaf_gramian(x: Array, basis: Basis | None) -> Array:

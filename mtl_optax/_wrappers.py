@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from mtl_optax._arguments import check_num_tasks
+from mtl_optax._arguments import check_num_tasks, check_transform
 from mtl_optax._masks import merge_parts, part_of, read_mask
 from mtl_optax._transform import (
     Combiner,
@@ -74,10 +74,7 @@ def shared_only(tx: optax.GradientTransformation, mask: Mask) -> Combiner:
       >>> updates["trunk"], updates["head"]
       (Array([0.6666667, 0.6666667], dtype=float32), Array([2.], dtype=float32))
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(
-            f"shared_only(tx, mask): tx must be an optax transform, got {tx!r}."
-        )
+    check_transform("shared_only(tx, mask)", "tx", tx)
     if not isinstance(tx, Combiner):
         warnings.warn(
             "shared_only: tx is not a combiner by itself. Whatever else it holds (an "

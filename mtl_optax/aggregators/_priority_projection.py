@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from mtl_optax._masks import is_masked
 from mtl_optax._transform import Combiner, LengthScale, from_aggregator
 from mtl_optax._tree import path_names, weighted_sum, whole_task_axis
 from mtl_optax._types import Aggregator, Params, TaskGradients, TaskMask, Updates
@@ -26,10 +26,6 @@ _MISSING: Any = object()
 
 def _find_strengths(strengths: PyTree[Any], rows: TaskGradients) -> list[Array | None]:
     """Strengths leaf by leaf of `rows`, from a tree that may lack leaves; checked."""
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
     leaves = jax.tree_util.tree_leaves_with_path(strengths)
     given = {path_names(path): jnp.asarray(leaf) for path, leaf in leaves}
     found: list[Array | None] = []

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 import scipy.stats
@@ -595,6 +596,416 @@ def test_conflict_misuse():
             metrics.conflicting_pairs([[1.0]], tol=tol)
 
 
+# --- pairs of gradients -----------------------------------------------------------
+
+
+@laws.quick_jit
+def measure_pairs(gramian, mask):
+    return (
+        metrics.cosine_statistics(gramian),
+        metrics.cosine_statistics(gramian, task_mask=mask),
+        metrics.magnitude_similarity(gramian),
+        metrics.curvature_bounding(gramian),
+        metrics.condition_number(gramian),
+        metrics.condition_number(gramian, task_mask=mask),
+    )
+
+
+def _numpy_statistics(rows):
+    """By a loop over pairs of one step's gradients."""
+    cosines = [
+        a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        for a, b in itertools.combinations(rows, 2)
+        if a.any() and b.any()
+    ]
+    if not cosines:
+        return [math.nan] * 4
+    negative = np.mean([c < 0 for c in cosines])
+    return [np.mean(cosines), min(cosines), max(cosines), negative]
+
+
+def _numpy_pairs(rows, pair):
+    return np.array(
+        [[pair(a, b) if a.any() and b.any() else 0 for b in rows] for a in rows]
+    )
+
+
+def _similarity(a, b):
+    return 2 * np.sqrt(a @ a * (b @ b)) / (a @ a + b @ b)
+
+
+def _bounding(a, b):
+    cosine = a @ b / np.sqrt(a @ a * (b @ b))
+    return (1 - cosine**2) * ((a - b) @ (a - b)) / ((a + b) @ (a + b))
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_measures_of_pairs_match_numpy(tasks):
+    steps = 9
+    rows = _gradients(tasks, (steps, tasks, 7))
+    mask = np.random.default_rng(tasks).random((steps, tasks)) < 0.7
+    mask[0] = False
+    with enable_x64(True):
+        got = measure_pairs(jnp.asarray(rows @ np.swapaxes(rows, -1, -2)), mask)
+    got = jax.tree.map(np.asarray, got)
+    for step, (row, present) in enumerate(zip(rows, mask, strict=True)):
+        for found, kept in ((got[0], row), (got[1], row[present])):
+            np.testing.assert_allclose(
+                [value[step] for value in found], _numpy_statistics(kept), atol=1e-12
+            )
+        alike = _numpy_pairs(row, _similarity)
+        zeros = ~row.any(-1)
+        alike[np.ix_(zeros, zeros)] = 1
+        np.testing.assert_allclose(got[2][step], alike, atol=1e-12)
+        bounding = _numpy_pairs(row, _bounding)
+        np.testing.assert_allclose(got[3][step], bounding, atol=1e-9)
+        for found, kept in ((got[4], row), (got[5], row[present])):
+            if not len(kept):
+                want = math.nan
+            elif not kept.any(-1).all():
+                want = math.inf
+            else:
+                want = np.linalg.cond(kept @ kept.T)
+            np.testing.assert_allclose(found[step], want, rtol=1e-8)
+
+
+@given(
+    st.integers(0, 1000),
+    hnp.arrays(np.float64, 3, elements=st.floats(-15, 15)),
+)
+@few
+def test_similarity_and_bounding_keep_their_digits(seed, exponents):
+    """In float32, at lengths of 1e-15 ... 1e15, whose squares' product overflows."""
+    rows = np.random.default_rng(seed).normal(size=(3, 4))
+    scaled = rows * 10.0 ** exponents[:, None]
+    gramian = (scaled @ scaled.T).astype(np.float32)
+    _, _, similarity, bounding, _, _ = measure_pairs(gramian, np.ones(3, bool))
+    want = _numpy_pairs(scaled, _similarity)
+    np.testing.assert_allclose(similarity, want, rtol=1e-5)
+    want = _numpy_pairs(scaled, _bounding)
+    np.testing.assert_allclose(bounding, want, rtol=1e-4, atol=1e-6)
+
+
+cosine_statistics = laws.quick_jit(metrics.cosine_statistics)
+magnitude_similarity = laws.quick_jit(metrics.magnitude_similarity)
+curvature_bounding = laws.quick_jit(metrics.curvature_bounding)
+condition_number = laws.quick_jit(metrics.condition_number)
+
+
+def test_opposite_gradients():
+    rows = np.array([[1.0, 2.0], [-1.0, -2.0], [-3.0, -6.0], [0.0, 0.0]], np.float32)
+    gramian = rows @ rows.T
+    assert curvature_bounding(gramian).tolist() == [[0] * 4] * 4
+    similarity = magnitude_similarity(gramian)
+    np.testing.assert_allclose(similarity[2], [0.6, 0.6, 1, 0], rtol=1e-6)
+    # 1 - cos = 2 and 1 + cos is small: the documented 4 beside the 0.
+    nearly = np.array([[1.0, -1 + 1e-4], [-1 + 1e-4, 1.0]], np.float32)
+    assert float(curvature_bounding(nearly)[0, 1]) == pytest.approx(4, abs=1e-2)
+
+
+def test_statistics_of_nothing():
+    for gramian in (np.ones((1, 1)), np.zeros((3, 3)), np.zeros((0, 0))):
+        assert np.isnan(cosine_statistics(gramian)).all()
+    pair = np.array([[1.0, -1.0], [-1.0, 1.0]], np.float32)
+    alone = cosine_statistics(pair, task_mask=np.array([True, False]))
+    assert np.isnan(alone).all()
+    assert list(map(float, cosine_statistics(pair))) == [-1, -1, -1, 1]
+
+
+def test_broken_gradients_are_seen_unless_masked():
+    nan = math.nan
+    gramian = np.array([[1, nan, -1], [nan, nan, nan], [-1, nan, 4]], np.float32)
+    mask = np.array([True, False, True])
+    assert np.isnan(cosine_statistics(gramian)).all()
+    found = cosine_statistics(gramian, task_mask=mask)
+    assert [float(value) for value in found] == [-0.5, -0.5, -0.5, 1.0]
+    assert np.isnan(condition_number(gramian))
+    both = np.stack([gramian, np.eye(3, dtype=np.float32)])
+    whole = np.linalg.cond(gramian[::2, ::2])
+    found = condition_number(both, task_mask=mask)
+    np.testing.assert_allclose(found, [whole, 1], rtol=1e-5)
+    similarity = np.asarray(magnitude_similarity(gramian))
+    assert np.isnan(similarity[1]).all()
+    assert similarity[0, 2] == pytest.approx(0.8)
+    bounding = np.asarray(curvature_bounding(gramian))
+    assert np.isnan(bounding[1]).all()
+    assert bounding[0, 0] == bounding[2, 2] == 0
+
+
+def test_condition_number_of_special_matrices():
+    large = np.float32(1e30)
+    for gramian, want in (
+        (np.full((1, 1), 5.0), 1.0),
+        (np.zeros((1, 1)), math.inf),
+        (np.zeros((3, 3)), math.inf),
+        (large * np.eye(3, dtype=np.float32), 1.0),
+        (np.full((2, 2), 1e-30, np.float32), math.inf),
+        (np.diag(np.array([1, 1e-3, 1e-6], np.float32)), 1e6),
+        (np.diag(np.array([1, 1e-8], np.float32)), math.inf),
+    ):
+        assert float(condition_number(gramian)) == pytest.approx(want, rel=1e-3)
+    # Rounding leaves an eigenvalue on either side of zero; neither is a number.
+    rows = np.random.default_rng(0).normal(size=(50, 4, 3)).astype(np.float32)
+    dependent = rows @ np.swapaxes(rows, -1, -2)
+    assert np.isinf(condition_number(dependent)).all()
+    # Relative to what is there, not to what a mask hides.
+    hidden = np.diag(np.array([1e20, 1, 1e-2], np.float32))
+    found = condition_number(hidden, task_mask=np.array([False, True, True]))
+    assert float(found) == pytest.approx(100, rel=1e-5)
+
+
+def test_measures_of_pairs_differentiate_at_zero():
+    @laws.quick_jit
+    @jax.grad
+    def slope(gramian):
+        similarity = metrics.magnitude_similarity(gramian)
+        return jnp.sum(similarity + metrics.curvature_bounding(gramian))
+
+    assert np.isfinite(slope(np.diag(np.array([1, 0], np.float32)))).all()
+
+
+def test_pair_misuse():
+    for function in (
+        metrics.cosine_statistics,
+        metrics.magnitude_similarity,
+        metrics.curvature_bounding,
+        metrics.condition_number,
+    ):
+        with pytest.raises(ValueError, match=r"\[\.\.\., T, T\], got \(1, 2\)"):
+            function([[1.0, 2.0]])
+    for function in (metrics.cosine_statistics, metrics.condition_number):
+        for mask in ([True], [1, 1], [[True, True]], True):
+            with pytest.raises(ValueError, match=r"task_mask must be bools.*\(2,\)"):
+                function(np.eye(2, dtype=np.float32), task_mask=mask)
+
+
+# --- trade-offs -------------------------------------------------------------------
+
+
+def _boxes(points, reference):
+    """What counts of the points, as edge lengths in float64."""
+    points = np.asarray(points, np.float64)
+    counts = (points < np.asarray(reference, np.float64)).all(-1)
+    return (np.asarray(reference, np.float64) - points)[counts]
+
+
+def _included_and_excluded(points, reference):
+    boxes = _boxes(points, reference)
+    return sum(
+        (-1) ** (size + 1) * boxes[list(chosen)].min(0).prod()
+        for size in range(1, len(boxes) + 1)
+        for chosen in itertools.combinations(range(len(boxes)), size)
+    )
+
+
+def _counted_by_cells(points, reference):
+    """The grid through all points: a cell counts if a point dominates it."""
+    points = np.asarray(points, np.float64)
+    edges = [
+        np.sort([*column, end]) for column, end in zip(points.T, reference, strict=True)
+    ]
+    lower = np.stack(np.meshgrid(*[e[:-1] for e in edges], indexing="ij"), -1)
+    upper = np.stack(np.meshgrid(*[e[1:] for e in edges], indexing="ij"), -1)
+    covered = np.zeros(lower.shape[:-1], bool)
+    for point in points:
+        covered |= (point <= lower).all(-1)
+    return ((upper - lower).prod(-1) * covered).sum()
+
+
+hypervolumes = laws.quick_jit(jax.vmap(metrics.hypervolume, in_axes=(0, None)))
+CASES = 12
+
+
+@pytest.mark.parametrize("losses", [1, 2, 3, 4, 5, 6])
+def test_hypervolume_matches_inclusion_and_exclusion(losses):
+    rng = np.random.default_rng(losses)
+    points = rng.uniform(-1, 4, size=(CASES, 7, losses))
+    points[::3] = np.round(points[::3])  # ties, duplicates, points on the boundary
+    points[1, ::2] = math.nan
+    points[2] = 4
+    points = points.astype(np.float32)
+    reference = np.full(losses, 3, np.float32) + np.arange(losses, dtype=np.float32) / 4
+    want = [_included_and_excluded(case, reference) for case in points]
+    assert want[2] == 0
+    assert sum(volume > 0 for volume in want) >= CASES // 2
+    got = hypervolumes(points, reference)
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("number", "losses"), [(60, 2), (40, 3), (16, 4)])
+def test_hypervolume_of_a_front_matches_cells(number, losses):
+    points = np.abs(np.random.default_rng(0).normal(size=(number, losses)))
+    points = (1 - points / np.linalg.norm(points, axis=-1, keepdims=True)).astype(
+        np.float32
+    )
+    got = laws.quick_jit(metrics.hypervolume)(points, [1.0] * losses)
+    assert float(got) == pytest.approx(
+        _counted_by_cells(points, [1] * losses), rel=5e-6
+    )
+
+
+@pytest.mark.slow
+def test_large_hypervolume_in_bounded_time():
+    points = np.abs(np.random.default_rng(0).normal(size=(100, 5)))
+    points = 1 - points / np.linalg.norm(points, axis=-1, keepdims=True)
+    samples = np.random.default_rng(1).random((100_000, 5))
+    covered = np.zeros(len(samples), bool)
+    for point in points:
+        covered |= (point <= samples).all(-1)
+    share = covered.mean()
+    error = math.sqrt(share * (1 - share) / len(samples))
+    got = jax.jit(metrics.hypervolume)(points.astype(np.float32), [1.0] * 5)
+    assert float(got) == pytest.approx(share, abs=4 * error)
+
+
+CLOUD = (6, 3)
+small = st.integers(-4, 4).map(float)
+clouds = hnp.arrays(np.float32, CLOUD, elements=st.one_of(small, st.just(math.nan)))
+
+
+@laws.quick_jit
+def _sets(points, factor, order):
+    reference = jnp.full(points.shape[1:], 3, points.dtype)
+    volume = metrics.hypervolume
+    front = metrics.pareto_filter(points)
+    # NaN stands for an absent point, so that shapes stay.
+    fewer = points.at[0].set(jnp.nan)
+    return (
+        volume(points, reference),
+        volume(fewer, reference),
+        volume(jnp.where(front[:, None], points, jnp.nan), reference),
+        volume(factor * points, factor * reference),
+        volume(points[order], reference),
+    )
+
+
+@given(
+    clouds,
+    hnp.arrays(np.float32, 3, elements=st.sampled_from([0.25, 1.0, 8.0])),
+    st.permutations(range(CLOUD[0])),
+)
+@few
+def test_laws_of_the_hypervolume(points, factor, order):
+    """Small integers and powers of two: everything is exact."""
+    whole, fewer, front, scaled, shuffled = map(
+        float, _sets(points, factor, np.asarray(order))
+    )
+    assert 0 <= fewer <= whole
+    assert front == whole
+    assert scaled == whole * factor.prod()
+    assert shuffled == whole
+
+
+def test_a_better_point_raises_the_hypervolume():
+    points = np.array([[[1, 2], [2, 1]], [[1, 1.5], [2, 1]]], np.float32)
+    before, after = hypervolumes(points, np.array([3, 3], np.float32))
+    assert float(before) == 3
+    assert float(after) == 3.5
+
+
+def test_hypervolume_of_edge_cases():
+    inf, nan = math.inf, math.nan
+    assert float(metrics.hypervolume(np.zeros((0, 3), np.float32), [1, 1, 1])) == 0
+    cases = {
+        ((1.0, -5.0), (nan, 0.0)): 0,
+        ((0.0, -inf), (0.5, 0.5)): inf,
+        ((2.0, -inf), (0.5, 0.5)): 0.25,
+        ((0.0, inf), (0.5, 0.5)): 0.25,
+    }
+    points = np.array(list(cases), np.float32)
+    got = hypervolumes(points, np.ones(2, np.float32))
+    assert got.tolist() == list(cases.values())
+    traced = hypervolumes(points, np.array([nan, 1], np.float32))
+    assert np.isnan(traced).all()
+    # bfloat16 has 8 bits: summed in it, 300 slabs of 1 / 300 would stop short of 1/2.
+    steps = np.linspace(0, 1, 301)
+    stairs = np.stack([steps[:-1], steps[::-1][1:]], axis=1).astype(jnp.bfloat16)
+    volume = hypervolumes(stairs[None], np.ones(2, np.float32))
+    assert volume.dtype == jnp.bfloat16
+    assert float(volume[0]) == pytest.approx(0.5, abs=0.01)
+
+
+def test_hypervolume_slope_is_a_face():
+    """Moving a point away by a little loses what lies under its face alone."""
+    points = jnp.array(
+        [[0.0, 2.0, 1.0, 1.0], [1.0, 0.5, 0.0, 2.0], [2.5, 2.5, 2.5, 2.5]]
+    )
+    reference = jnp.full(4, 3.0)
+    with enable_x64(True):
+        points, reference = points.astype(jnp.float64), reference.astype(jnp.float64)
+        slope = laws.quick_jit(jax.grad(metrics.hypervolume))(points, reference)
+        want = np.zeros(points.shape)
+        for index in np.ndindex(points.shape):
+            ends = [
+                _included_and_excluded(points.at[index].add(step), reference)
+                for step in (1e-4, -1e-4)
+            ]
+            want[index] = (ends[0] - ends[1]) / 2e-4
+    np.testing.assert_allclose(slope, want, rtol=1e-6, atol=1e-8)
+    assert not slope[2].any()
+
+
+def _dominates(a, b):
+    return all(x <= y for x, y in zip(a, b, strict=True)) and any(
+        x < y for x, y in zip(a, b, strict=True)
+    )
+
+
+filtered = laws.quick_jit(metrics.pareto_filter)
+
+
+@given(clouds)
+@few
+def test_pareto_filter_matches_a_loop(points):
+    rows = points.tolist()
+    want = [
+        not any(map(math.isnan, row)) and not any(_dominates(o, row) for o in rows)
+        for row in rows
+    ]
+    assert filtered(points).tolist() == want
+
+
+def test_pareto_filter_of_edge_cases():
+    inf, nan = math.inf, math.nan
+    cases = {
+        ((1.0, 2.0), (1.0, 2.0)): [True, True],
+        ((nan, nan), (nan, nan)): [False, False],
+        # A NaN dominates nobody, however good the rest of it.
+        ((nan, 0.0), (1.0, 1.0)): [False, True],
+        ((-inf, inf), (inf, inf)): [True, False],
+        ((1.0, 1.0), (1.0, 2.0)): [True, False],
+    }
+    for points, want in cases.items():
+        assert filtered(np.array(points, np.float32)).tolist() == want
+    assert filtered(np.array([[1.0], [1.0], [2.0]])).tolist() == [True, True, False]
+    assert filtered(np.zeros((0, 2))).shape == (0,)
+
+
+def test_documented_share_of_random_points_on_the_front():
+    points = np.random.default_rng(0).random((20, 100, 10)).astype(np.float32)
+    left = laws.quick_jit(jax.vmap(metrics.pareto_filter))
+    assert 3 < left(points[..., :2]).sum(-1).mean() < 8
+    assert 80 < left(points).sum(-1).mean() < 100
+
+
+def test_trade_off_misuse():
+    for function in (
+        metrics.pareto_filter,
+        lambda points: metrics.hypervolume(points, [1.0]),
+    ):
+        for points in ([1.0, 2.0], 1.0, [[]], [[[1.0]]]):
+            with pytest.raises(ValueError, match=r"points must have shape \[N, M\]"):
+                function(points)
+        with pytest.raises(TypeError, match="points must be real numbers"):
+            function([[True]])
+    for reference in (3.0, [3.0], [[3.0, 3.0]]):
+        with pytest.raises(ValueError, match=r"reference must have shape \(2,\)"):
+            metrics.hypervolume([[1.0, 2.0]], reference)
+    for worst in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="reference must be finite"):
+            metrics.hypervolume([[1.0, 2.0]], [3.0, worst])
+
+
 # --- every function ---------------------------------------------------------------
 
 CALLS = {
@@ -613,6 +1024,19 @@ CALLS = {
     "share_of_conflicting_steps": lambda x: metrics.share_of_conflicting_steps(
         (x @ x.T)[None]
     ),
+    "cosine_statistics": lambda x: metrics.cosine_statistics(
+        x @ x.T, task_mask=[True, False]
+    ),
+    "magnitude_similarity": lambda x: metrics.magnitude_similarity(x @ x.T),
+    "curvature_bounding": lambda x: metrics.curvature_bounding(x @ x.T),
+    "condition_number": lambda x: metrics.condition_number(
+        x @ x.T, task_mask=[True, False]
+    ),
+    "pareto_filter": metrics.pareto_filter,
+    "hypervolume": lambda x: metrics.hypervolume(x, [1.0, 2.0]),
+    "hypervolume of 5": lambda x: metrics.hypervolume(
+        jnp.tile(x, (1, 3))[:, :5], [1.0, 2.0, 1.0, 2.0, 1.0]
+    ),
 }
 
 
@@ -626,7 +1050,7 @@ def test_dtype_is_kept(name, dtype):
         jax.numpy_rank_promotion("raise"),
     ):
         out = jax.eval_shape(CALLS[name], jax.ShapeDtypeStruct((2, 2), dtype))
-    expected = "bool" if name == "winners" else dtype
+    expected = "bool" if name in ("winners", "pareto_filter") else dtype
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(out)} == {expected}
 
 
@@ -635,6 +1059,12 @@ def test_lists_and_integers_become_the_default_float():
     assert metrics.conflicting_pairs([[1, -1], [-1, 1]]).dtype == jnp.float32
     low, _ = metrics.t_interval([1, 2, 3])
     assert low.dtype == jnp.float32
+
+
+def test_every_name_is_listed():
+    assert sorted(metrics.__all__) == list(metrics.__all__)
+    public = {name for name in vars(metrics) if not name.startswith("_")}
+    assert public == set(metrics.__all__)
 
 
 def test_vmap_over_problems():

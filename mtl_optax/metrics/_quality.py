@@ -1,17 +1,4 @@
-"""Measures of a multi-task result, and how sure of them one can be.
-
-Three kinds of pure function, none of which trains anything:
-
-- comparing methods: ``delta_m``, ``mean_rank``;
-- doubting the comparison: ``bootstrap_interval``, ``t_interval``, ``winners``,
-  ``clear_winner``;
-- watching gradients: ``cosine_matrix``, ``conflicting_pairs``,
-  ``share_of_conflicting_steps``.
-
-Arrays and (nested) Python lists are both accepted. A floating-point input keeps its
-dtype; integers become JAX's default float. Values are checked wherever they are
-concrete, shapes always.
-"""
+"""Comparing methods, and doubting the comparison."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,15 +9,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key, Num
 
-# Inputs keep loose shapes on purpose: our own errors explain a wrong one better than
-# a runtime type checker does.
-_Numbers = Num[ArrayLike, "..."] | Sequence[Any]
+from mtl_optax.metrics._inputs import Numbers, as_float, is_concrete
+
 _Flags = Num[ArrayLike, "..."] | Bool[ArrayLike, "..."] | Sequence[Any]
 
 
 def delta_m(
-    metrics: _Numbers,
-    baseline: _Numbers,
+    metrics: Numbers,
+    baseline: Numbers,
     higher_is_better: _Flags,
     *,
     convention: Literal["gain", "loss"] = "gain",
@@ -97,8 +83,8 @@ def delta_m(
             f"(negative is better), got {convention!r}"
         )
     raw_baseline = baseline
-    metrics = _as_float("metrics", metrics)
-    baseline = _as_float("baseline", baseline).astype(metrics.dtype)
+    metrics = as_float("metrics", metrics)
+    baseline = as_float("baseline", baseline).astype(metrics.dtype)
     if metrics.ndim == 0 or metrics.shape[-1] == 0:
         raise ValueError(
             f"delta_m: metrics must have shape [..., M] with M >= 1, "
@@ -112,10 +98,10 @@ def delta_m(
             f"delta_m: baseline must have shape [M] or broadcast against metrics, "
             f"{metrics.shape}, along leading axes only; got {baseline.shape}"
         )
-    if _is_concrete(raw_baseline):
+    if is_concrete(raw_baseline):
         with jax.ensure_compile_time_eval():
             # In the dtype that divides: a tiny float32 may be zero in float16.
-            divisor = _as_float("baseline", raw_baseline).astype(metrics.dtype)
+            divisor = as_float("baseline", raw_baseline).astype(metrics.dtype)
             has_zero = bool(jnp.any(divisor == 0))
         if has_zero:
             raise ValueError(
@@ -129,7 +115,7 @@ def delta_m(
     return 100 * change if convention == "gain" else -100 * change
 
 
-def mean_rank(metrics: _Numbers, higher_is_better: _Flags) -> Float[Array, " methods"]:
+def mean_rank(metrics: Numbers, higher_is_better: _Flags) -> Float[Array, " methods"]:
     """Mean over metrics of each method's rank among the methods; 1 is best.
 
         rank_k(i) = 1 + #{j better than i} + #{j != i equal to i} / 2
@@ -168,7 +154,7 @@ def mean_rank(metrics: _Numbers, higher_is_better: _Flags) -> Float[Array, " met
       Demsar, "Statistical Comparisons of Classifiers over Multiple Data Sets", JMLR
       2006 (average ranks); Liu et al., "FAMO", NeurIPS 2023 (its use here).
     """
-    metrics = _as_float("metrics", metrics)
+    metrics = as_float("metrics", metrics)
     if metrics.ndim != 2 or 0 in metrics.shape:
         raise ValueError(
             f"mean_rank: metrics must have shape [methods, M], both >= 1, "
@@ -188,7 +174,7 @@ def mean_rank(metrics: _Numbers, higher_is_better: _Flags) -> Float[Array, " met
 
 
 def bootstrap_interval(
-    values: _Numbers,
+    values: Numbers,
     *,
     key: Key[Array, ""],
     confidence: float = 0.95,
@@ -260,7 +246,7 @@ def bootstrap_interval(
 
 
 def t_interval(
-    values: _Numbers, *, confidence: float = 0.95
+    values: Numbers, *, confidence: float = 0.95
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Student's t interval of the mean over seeds (axis 0).
 
@@ -306,7 +292,7 @@ def t_interval(
 
 
 def winners(
-    values: _Numbers, intervals: _Numbers, higher_is_better: ArrayLike
+    values: Numbers, intervals: Numbers, higher_is_better: ArrayLike
 ) -> Bool[Array, " methods"]:
     """Mask of the methods that cannot be told apart from the best one.
 
@@ -345,8 +331,8 @@ def winners(
       the Overlap Between Confidence Intervals", The American Statistician 2001.
     """
     raw_intervals = intervals
-    values = _as_float("values", values)
-    intervals = _as_float("intervals", intervals)
+    values = as_float("values", values)
+    intervals = as_float("intervals", intervals)
     if values.ndim != 1 or 0 in values.shape:
         raise ValueError(
             f"winners: values must have shape [methods], methods >= 1, "
@@ -357,9 +343,9 @@ def winners(
             f"winners: intervals must have shape {(*values.shape, 2)}, one (low, high) "
             f"a method, got {intervals.shape}"
         )
-    if _is_concrete(raw_intervals):
+    if is_concrete(raw_intervals):
         with jax.ensure_compile_time_eval():
-            ends = _as_float("intervals", raw_intervals)
+            ends = as_float("intervals", raw_intervals)
             swapped = bool(jnp.any(ends[:, 0] > ends[:, 1]))
         if swapped:
             raise ValueError(
@@ -378,7 +364,7 @@ def winners(
 
 
 def clear_winner(
-    values: _Numbers, intervals: _Numbers, higher_is_better: ArrayLike
+    values: Numbers, intervals: Numbers, higher_is_better: ArrayLike
 ) -> int | None:
     """Index of the best method, or ``None`` if another's interval overlaps its own.
 
@@ -407,7 +393,7 @@ def clear_winner(
       >>> metrics.clear_winner([0.75, 0.81], [[0.70, 0.80], [0.78, 0.84]], True) is None
       True
     """
-    if not _is_concrete(values, intervals, higher_is_better):
+    if not is_concrete(values, intervals, higher_is_better):
         raise TypeError(
             "clear_winner: expected concrete arguments (it returns an int or None), "
             "got a traced one; inside jit use winners"
@@ -415,158 +401,6 @@ def clear_winner(
     with jax.ensure_compile_time_eval():
         mask = winners(values, intervals, higher_is_better)
         return int(jnp.argmax(mask)) if int(jnp.sum(mask)) == 1 else None
-
-
-def cosine_matrix(
-    gramian: _Numbers,
-) -> Float[Array, "*batch tasks tasks"]:
-    """Cosines of the angles between task gradients, from their Gramian.
-
-        C_ab = G_ab / sqrt(G_aa) / sqrt(G_bb)
-
-    with 0 in the row and column of a zero gradient, so a masked or solved task never
-    gives NaN.
-
-    Use it to look at conflict apart from scale. It cannot see more than the Gramian
-    holds: angles below about 1e-3 are lost to float32 rounding.
-
-    Dividing by one norm at a time keeps float32 in range for gradient norms from 1e-19
-    to 1e19, where the product of two squared norms would overflow beyond 1e9.
-
-    Args:
-      gramian: ``[..., T, T]``, inner products of task gradients.
-
-    Returns:
-      ``[..., T, T]`` in [-1, 1]. NaN or infinite gradients give NaN, except opposite a
-      zero gradient.
-
-    Raises:
-      ValueError: if the last two axes are not square.
-      TypeError: if ``gramian`` is not real-valued.
-
-    Example:
-      Gradients (3, 4), (0, 1) and (0, 0):
-
-      >>> from mtl_optax import metrics
-      >>> G = [[25.0, 4.0, 0.0], [4.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
-      >>> [[round(c, 3) for c in row] for row in metrics.cosine_matrix(G).tolist()]
-      [[1.0, 0.8, 0.0], [0.8, 1.0, 0.0], [0.0, 0.0, 0.0]]
-    """
-    gramian = _square("cosine_matrix", gramian)
-    squared = jnp.diagonal(gramian, axis1=-2, axis2=-1)
-    absent = squared <= 0  # false for NaN, which must stay visible
-    norm = jnp.sqrt(jnp.where(absent, 1, squared))
-    cosine = gramian / norm[..., :, None] / norm[..., None, :]
-    either_absent = absent[..., :, None] | absent[..., None, :]
-    return jnp.where(either_absent, 0, jnp.clip(cosine, -1, 1))
-
-
-def conflicting_pairs(gramian: _Numbers, *, tol: float = 0.0) -> Float[Array, "*batch"]:
-    """Share of task pairs whose gradients conflict.
-
-        #{a < b : cos(g_a, g_b) < -tol} / (T (T - 1) / 2)
-
-    Use it to see how much tasks disagree at one step. It counts, and does not weigh: a
-    cosine of -0.01 counts as much as -1. Exactly orthogonal gradients have a cosine of
-    rounding noise, negative half of the time, so give a ``tol`` (1e-6 in float32) where
-    they can occur.
-
-    Args:
-      gramian: ``[..., T, T]``, inner products of task gradients.
-      tol: how far below zero a cosine must lie, in [0, 1); 0 after the definition of
-        Yu et al.
-
-    Returns:
-      ``[...]`` in [0, 1]; 0 for a single task. A zero gradient conflicts with none but
-      its pairs are counted in the denominator; NaN is not a conflict.
-
-    Raises:
-      ValueError: if the last two axes are not square, or ``tol`` is out of range.
-      TypeError: if ``gramian`` is not real-valued.
-
-    Example:
-      Gradients (1, 0), (-1, 1) and (0, 1): of three pairs only the first conflicts.
-
-      >>> from mtl_optax import metrics
-      >>> G = [[1.0, -1.0, 0.0], [-1.0, 2.0, 1.0], [0.0, 1.0, 1.0]]
-      >>> f"{metrics.conflicting_pairs(G):.3f}"
-      '0.333'
-
-    References:
-      Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020,
-      Definition 1.
-    """
-    gramian = _square("conflicting_pairs", gramian)
-    num_tasks = gramian.shape[-1]
-    num_pairs = max(num_tasks * (num_tasks - 1) // 2, 1)
-    conflicts = jnp.sum(_conflicts("conflicting_pairs", gramian, tol), axis=(-2, -1))
-    return conflicts.astype(gramian.dtype) / num_pairs
-
-
-def share_of_conflicting_steps(
-    gramians: _Numbers, *, tol: float = 0.0, axis: int = 0
-) -> Float[Array, "*batch"]:
-    """Share of steps in which at least one pair of task gradients conflicts.
-
-        #{s : some a < b has cos(g_a, g_b) < -tol at step s} / steps
-
-    Use it to ask whether a run needs more than the plain sum. The more tasks, the
-    sooner some pair conflicts by chance (random gradients: 1/2 for two tasks, 7/8 for
-    three in high dimension), so never compare it across numbers of tasks;
-    ``conflicting_pairs`` averaged over steps may be compared.
-
-    Args:
-      gramians: ``[steps, T, T]``, one Gramian a step; more leading axes (seeds) may
-        surround ``axis``.
-      tol: how far below zero a cosine must lie, in [0, 1); see ``conflicting_pairs``.
-      axis: the axis of the steps, among those before the last two; the first by
-        default, as ``lax.scan`` stacks them.
-
-    Returns:
-      ``[...]``, the leading axes without ``axis``, in [0, 1]. Zero and NaN gradients do
-      not conflict.
-
-    Raises:
-      ValueError: if the last two axes are not square, there is no step, or ``tol`` or
-        ``axis`` is out of range.
-      TypeError: if ``gramians`` is not real-valued.
-
-    Example:
-      >>> from mtl_optax import metrics
-      >>> steps = [[[1.0, -0.5], [-0.5, 1.0]], [[1.0, 0.5], [0.5, 1.0]]]
-      >>> float(metrics.share_of_conflicting_steps(steps))
-      0.5
-
-    References:
-      Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020.
-    """
-    gramians = _square("share_of_conflicting_steps", gramians)
-    leading = gramians.shape[:-2]
-    if not -len(leading) <= axis < len(leading):
-        raise ValueError(
-            f"share_of_conflicting_steps: axis must name one of the axes {leading} "
-            f"before the last two of gramians, {gramians.shape}; got {axis}"
-        )
-    if leading[axis] == 0:
-        raise ValueError(
-            f"share_of_conflicting_steps: expected at least one step along axis "
-            f"{axis}, got gramians of shape {gramians.shape}"
-        )
-    found = _conflicts("share_of_conflicting_steps", gramians, tol).any(axis=(-2, -1))
-    return jnp.mean(found, axis=axis, dtype=gramians.dtype)
-
-
-def _as_float(name: str, values: _Numbers) -> Float[Array, "..."]:
-    array = jnp.asarray(values)
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        return array.astype(float)
-    raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
-
-
-def _is_concrete(*trees: object) -> bool:
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
@@ -594,7 +428,7 @@ def _signs(
         raise TypeError(
             f"{caller}: higher_is_better must be {expected}, got dtype {flags.dtype}"
         )
-    if _is_concrete(higher_is_better):
+    if is_concrete(higher_is_better):
         with jax.ensure_compile_time_eval():
             concrete = jnp.asarray(higher_is_better)
             valid = bool(jnp.all((concrete == 0) | (concrete == 1)))
@@ -606,8 +440,8 @@ def _signs(
     return jnp.where(flags != 0, 1, -1).astype(dtype)
 
 
-def _per_seed(caller: str, values: _Numbers) -> Float[Array, "n ..."]:
-    values = _as_float("values", values)
+def _per_seed(caller: str, values: Numbers) -> Float[Array, "n ..."]:
+    values = as_float("values", values)
     if values.ndim == 0 or values.shape[0] == 0:
         raise ValueError(
             f"{caller}: values must have shape [n, ...] with n >= 1 seeds, "
@@ -617,7 +451,7 @@ def _per_seed(caller: str, values: _Numbers) -> Float[Array, "n ..."]:
 
 
 def _check_confidence(caller: str, confidence: float) -> None:
-    if _is_concrete(confidence) and not 0 < confidence < 1:
+    if is_concrete(confidence) and not 0 < confidence < 1:
         raise ValueError(
             f"{caller}: confidence must lie strictly between 0 and 1 (0.95, not 95), "
             f"got {confidence}"
@@ -647,21 +481,3 @@ def _student_t(confidence: float, dof: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if central(middle) < confidence else (low, middle)
     return math.sqrt(dof) * math.tan(low)
-
-
-def _square(caller: str, gramian: _Numbers) -> Float[Array, "*batch tasks tasks"]:
-    gramian = _as_float("gramian", gramian)
-    if gramian.ndim < 2 or gramian.shape[-1] != gramian.shape[-2]:
-        raise ValueError(
-            f"{caller}: a Gramian must have shape [..., T, T], got {gramian.shape}"
-        )
-    return gramian
-
-
-def _conflicts(
-    caller: str, gramian: Float[Array, "*batch tasks tasks"], tol: float
-) -> Bool[Array, "*batch tasks tasks"]:
-    """Which pairs a < b conflict."""
-    if _is_concrete(tol) and not 0 <= tol < 1:
-        raise ValueError(f"{caller}: tol must lie in [0, 1), got {tol}")
-    return jnp.triu(cosine_matrix(gramian) < -tol, k=1)

@@ -5,11 +5,14 @@ from importlib.metadata import version as _version
 from mtl_optax import metrics, solvers
 from mtl_optax._aliases import mao
 from mtl_optax._check import check_chain
+from mtl_optax._citations import citation
 from mtl_optax._connection_strength import connection_strength
 from mtl_optax._look_ahead_steps import look_ahead_steps
+from mtl_optax._method import Method
+from mtl_optax._per_group import per_group
 from mtl_optax._per_task import per_task
 from mtl_optax._phase_schedule import phase_schedule
-from mtl_optax._registry import METHODS, Method
+from mtl_optax._registry import METHODS
 from mtl_optax._sequential_task_steps import sequential_task_steps
 from mtl_optax._transform import (
     Combiner,
@@ -35,7 +38,28 @@ from mtl_optax.jacobian import (
     task_touches,
     value_and_task_grads,
 )
-from mtl_optax.weightings import edm, mean, mgda, task_tensioner
+from mtl_optax.weightings import (
+    aligned_mtl,
+    cagrad,
+    constant_weights,
+    dualproj,
+    edm,
+    fairgrad,
+    gradvac,
+    imgrad,
+    imtl_g,
+    krum,
+    mean,
+    mgda,
+    nash_mtl,
+    ntkmtl_sr,
+    pcd,
+    pcgrad,
+    pivrg,
+    rlw,
+    task_tensioner,
+    upgrad,
+)
 
 __version__ = _version("mtl_optax")
 
@@ -46,12 +70,22 @@ __all__ = [
     "Method",
     "TaskJacobian",
     "Weighting",
+    "aligned_mtl",
+    "cagrad",
     "check_chain",
+    "citation",
     "connection_strength",
+    "constant_weights",
+    "dualproj",
     "edm",
+    "fairgrad",
     "from_aggregator",
     "from_weighting",
+    "gradvac",
     "gramian",
+    "imgrad",
+    "imtl_g",
+    "krum",
     "lazy_tree",
     "look_ahead_jacobian",
     "look_ahead_steps",
@@ -60,9 +94,16 @@ __all__ = [
     "mean",
     "metrics",
     "mgda",
+    "nash_mtl",
+    "ntkmtl_sr",
+    "pcd",
+    "pcgrad",
+    "per_group",
     "per_task",
     "phase_schedule",
+    "pivrg",
     "priority_projection",
+    "rlw",
     "scale_by_mao",
     "sequential_task_steps",
     "shared_mask",
@@ -75,6 +116,7 @@ __all__ = [
     "task_tensioner",
     "task_touches",
     "unstack_tasks",
+    "upgrad",
     "value_and_task_grads",
     "weighted_sum",
 ]

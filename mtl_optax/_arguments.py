@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_num_tasks(num_tasks: Any) -> None:
@@ -11,8 +12,8 @@ def check_num_tasks(num_tasks: Any) -> None:
     check_count("num_tasks", num_tasks)
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises unless `value` is a positive Python int."""
+def check_count(name: str, value: Any, *, least: int = 1) -> None:
+    """Raises unless `value` is a Python int of at least `least`."""
     if isinstance(value, jax.Array):
         raise TypeError(
             f"{name} must be a Python int, got an array: it sets shapes. With "
@@ -21,8 +22,24 @@ def check_count(name: str, value: Any) -> None:
         )
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_per_task(name: str, value: Any, num_tasks: int) -> None:
+    """Raises unless `value` is one number a task, none negative where concrete."""
+    if np.shape(value) != (num_tasks,):
+        raise ValueError(
+            f"{name}: expected one number a task, shape ({num_tasks},), got shape "
+            f"{np.shape(value)}."
+        )
+    if isinstance(value, jax.core.Tracer):
+        return
+    numbers = np.asarray(value, float)
+    if not np.all(np.isfinite(numbers) & (numbers >= 0)) or not np.any(numbers > 0):
+        raise ValueError(
+            f"{name} must be finite, not negative and not all zero, got {value}."
+        )
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -31,16 +48,24 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
 
 
-def check_nonnegative(name: str, value: Any, *, below: float | None = None) -> None:
+def check_nonnegative(
+    name: str,
+    value: Any,
+    *,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
     """Raises if `value` is concrete and negative or NaN; a traced value passes.
 
-    With `below`, also if it is not below that.
+    With `below`, also if it is not below that; with `at_most`, if it is above that.
     """
     if _is_concrete_scalar(name, value):
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
         if below is not None and not value < below:
             raise ValueError(f"{name} must be below {below}, got {value}.")
+        if at_most is not None and value > at_most:
+            raise ValueError(f"{name} must be at most {at_most}, got {value}.")
 
 
 def check_positive(name: str, value: Any) -> None:

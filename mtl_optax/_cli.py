@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_ShowVersion)
     commands = parser.add_subparsers(
-        required=True, metavar="{demo,list}", dest="command", parser_class=_Parser
+        required=True, metavar="{demo,list,cite}", dest="command", parser_class=_Parser
     )
 
     demo = commands.add_parser(
@@ -149,7 +149,18 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="print all methods")
     listing.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    listing.add_argument(
+        "--claims",
+        action="store_true",
+        help="what each promises, how long its update is, and what peers call it",
+    )
     listing.set_defaults(run=_list)
+
+    cite = commands.add_parser("cite", help="print the BibTeX of methods")
+    cite.add_argument(
+        "methods", type=_names, metavar="A[,B]", help="names from `mtl-optax list`"
+    )
+    cite.set_defaults(run=_cite)
     return parser
 
 
@@ -202,31 +213,63 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
+_CLAIMS = {
+    "no conflict": "non_conflicting",
+    "blind to row scale": "row_scale_invariant",
+    "scales along": "scale_equivariant",
+    "linear in rows": "linear_under_scaling",
+    "any order": "permutation_equivariant",
+    "stops at Pareto": "stops_at_pareto_stationary",
+}
+
+
 def _list(arguments: argparse.Namespace) -> None:
     from mtl_optax._registry import METHODS
 
-    header = ["method", "backward passes", "reads", "what it does", "paper"]
-    lines = [header]
-    for method in METHODS.values():
-        reads = sorted(n.replace("_in_basis", "") for n in method.needs)
-        lines.append(
+    if arguments.claims:
+        claims = _CLAIMS.values()
+        header = ["method", *_CLAIMS, "update's length", "state", "elsewhere"]
+        lines = [
             [
                 method.name,
-                method.cost,
-                ", ".join(dict.fromkeys(reads)) or "-",
-                method.summary,
-                method.paper,
+                *("yes" if claim in method.claims else "-" for claim in claims),
+                method.length,
+                method.state_size,
+                method.peers or "-",
             ]
-        )
+            for method in METHODS.values()
+        ]
+    else:
+        header = ["method", "backward passes", "reads", "what it does", "paper"]
+        lines = []
+        for method in METHODS.values():
+            reads = sorted(n.replace("_in_basis", "") for n in method.needs)
+            lines.append(
+                [
+                    method.name,
+                    method.cost,
+                    ", ".join(dict.fromkeys(reads)) or "-",
+                    method.summary,
+                    method.paper,
+                ]
+            )
     if arguments.markdown:
-        lines = [[f"`{line[0]}`", *line[1:]] for line in lines[1:]]
+        lines = [[f"`{name}`", *cells] for name, *cells in lines]
         lines = [header, ["---"] * len(header), *lines]
-        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        print("\n".join(f"| {' | '.join(line)} |" for line in cells))
         return
+    lines = [header, *lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = (c.ljust(w) for c, w in zip(line, widths, strict=True))
-        _say("  ".join(cells).rstrip())
+        padded = (c.ljust(w) for c, w in zip(line, widths, strict=True))
+        _say("  ".join(padded).rstrip())
+
+
+def _cite(arguments: argparse.Namespace) -> None:
+    from mtl_optax._citations import citation
+
+    _say("\n\n".join(citation(name) for name in arguments.methods))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

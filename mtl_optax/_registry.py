@@ -1,128 +1,17 @@
 """`METHODS`: one row a method, the single source of truth about it.
 
 The test battery, the command line and the tables read it; nothing about a method is
-written down anywhere else.
+written down anywhere else (but for its BibTeX, in `_citations`).
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from mtl_optax import aggregators, weightings
 from mtl_optax._arguments import check_num_tasks
+from mtl_optax._method import Claim, Exemption, Kind, Method
 from mtl_optax._transform import Combiner, sum_tasks
 from mtl_optax.jacobian import look_ahead_jacobian, task_jacobian
-
-Claim = Literal[
-    "non_conflicting",
-    "permutation_equivariant",
-    "scale_equivariant",
-    "row_scale_invariant",
-    "stops_at_pareto_stationary",
-]
-
-Kind = Literal["weighting", "aggregator", "jacobian"]
-
-
-class Exemption(NamedTuple):
-    """A law, by its number, that does not hold for a method, and why."""
-
-    law: int
-    reason: str
-
-
-class Method(NamedTuple):
-    """A row of the registry.
-
-    Attributes:
-      name: the public name, ``mtl_optax.<name>``.
-      factory: builds the transform from ``num_tasks`` and keyword arguments.
-      kind: ``"weighting"`` (Gramian and losses), ``"aggregator"`` (whole rows) or
-        ``"jacobian"``: what is new is where task gradients are taken, and `factory`
-        is the sum of them.
-      summary: one line.
-      paper: authors, year and identifier.
-      needs: the extra arguments that ``update`` reads: as in `Weighting.needs`, or
-        ``"strengths"``.
-      cost: backward passes a step on a lazy tree, in words.
-      state_size: numbers kept from step to step, in words.
-      claims: properties that hold for every input; the tests assert them, and hold a
-        counter-example for each that is missing.
-
-        * ``non_conflicting``: no task's loss rises along the negative update, to first
-          order.
-        * ``permutation_equivariant``: permuting tasks permutes weights.
-        * ``scale_equivariant``: scaling all gradients by c > 0 scales the update by c.
-        * ``row_scale_invariant``: the update's direction does not change when single
-          gradients are scaled.
-        * ``stops_at_pareto_stationary``: the update is zero exactly where some convex
-          combination of the gradients is.
-      jacobian: how task gradients are taken: ``loss_fn -> (params, *args) -> (losses,
-        task_grads)``.
-      normalises: whether the length of its update has nothing to do with that of the
-        gradients, as Adam's.
-      exempt: laws that do not hold for it, each with the reason. The tests leave
-        these out, and hold that the law is indeed broken.
-    """
-
-    name: str
-    factory: Callable[..., Combiner]
-    kind: Kind
-    summary: str
-    paper: str
-    needs: frozenset[str]
-    cost: str
-    state_size: str
-    claims: frozenset[Claim]
-    jacobian: Callable[[Callable[..., Any]], Callable[..., Any]] = task_jacobian
-    normalises: bool = False
-    exempt: tuple[Exemption, ...] = ()
-
-    def make(self, num_tasks: int, **options: Any) -> Combiner:
-        """The transform with the method's defaults.
-
-        Example:
-          >>> import mtl_optax as mtl
-          >>> mtl.METHODS["mgda"].make(3).num_tasks
-          3
-        """
-        return self.factory(num_tasks=num_tasks, **options)
-
-    def extras(
-        self, num_tasks: int, params: PyTree[Any] | None = None
-    ) -> dict[str, Any]:
-        """Example values of the extra arguments that ``update`` needs.
-
-        Args:
-          num_tasks: T.
-          params: what strengths have to fit; without them no leaf has any.
-
-        Example:
-          >>> import mtl_optax as mtl
-          >>> mtl.METHODS["task_tensioner"].extras(2)
-          {'losses': Array([1., 2.], dtype=float32)}
-        """
-        extras: dict[str, Any] = {}
-        if "losses" in self.needs:
-            extras["losses"] = jnp.arange(1, num_tasks + 1, dtype=jnp.float32)
-        if "key" in self.needs:
-            extras["key"] = jax.random.key(0)
-        if "strengths" in self.needs:
-            extras["strengths"] = jax.tree.map(
-                lambda p: _example_strengths(num_tasks, jnp.shape(p)), params
-            )
-        return extras
-
-
-def _example_strengths(num_tasks: int, shape: tuple[int, ...]) -> Any:
-    """Channels go round among the tasks; None where a leaf is no kernel."""
-    if len(shape) < 2:
-        return None
-    return jax.nn.one_hot(jnp.arange(shape[-1]) % num_tasks, num_tasks).T
 
 
 def _row(
@@ -131,11 +20,13 @@ def _row(
     name: str | None = None,
     summary: str,
     paper: str,
+    length: str,
+    peers: str = "",
     cost: str,
     state_size: str,
     claims: frozenset[Claim],
     needs: frozenset[str] = frozenset(),
-    jacobian: Callable[..., Callable[..., Any]] = task_jacobian,
+    jacobian: Callable[..., Callable[..., object]] = task_jacobian,
     normalises: bool = False,
     exempt: tuple[Exemption, ...] = (),
 ) -> Method:
@@ -147,7 +38,9 @@ def _row(
         kind=kind if jacobian is task_jacobian else "jacobian",
         summary=summary,
         paper=paper,
-        needs=needs if weighting is None else weighting.needs,
+        length=length,
+        peers=peers,
+        needs=needs if weighting is None else needs | weighting.needs,
         cost=cost,
         state_size=state_size,
         claims=claims,
@@ -168,14 +61,42 @@ _ROWS = (
         weightings.mean,
         summary="every task counts alike (the baseline)",
         paper="Kurin et al. 2022, arXiv:2201.04122",
+        length="weights sum to 1",
+        peers="TorchJD Mean",
         cost="1",
         state_size="0",
-        claims=frozenset({"permutation_equivariant", "scale_equivariant"}),
+        claims=frozenset(
+            {"permutation_equivariant", "scale_equivariant", "linear_under_scaling"}
+        ),
+    ),
+    _row(
+        weightings.constant_weights,
+        summary="fixed weights; ones: plain training on the sum",
+        paper="Kurin et al. 2022, arXiv:2201.04122",
+        length="the weights given",
+        peers="TorchJD Constant, Sum; LibMTL EW",
+        cost="1",
+        state_size="0",
+        claims=frozenset(
+            {"permutation_equivariant", "scale_equivariant", "linear_under_scaling"}
+        ),
+    ),
+    _row(
+        weightings.rlw,
+        summary="random weights, anew at every step",
+        paper="Lin et al. 2022, arXiv:2111.10603",
+        length="weights sum to 1",
+        peers="TorchJD Random; LibMTL RLW",
+        cost="1",
+        state_size="0",
+        claims=frozenset({"scale_equivariant", "linear_under_scaling"}),
     ),
     _row(
         weightings.mgda,
         summary="shortest convex combination of the task gradients",
         paper="Désidéri 2012; Sener & Koltun 2018, arXiv:1810.04650",
+        length="weights sum to 1",
+        peers="TorchJD MGDA; LibMTL MGDA",
         cost="Gramian + 1",
         state_size="0",
         claims=frozenset(
@@ -188,9 +109,165 @@ _ROWS = (
         ),
     ),
     _row(
+        weightings.upgrad,
+        summary="mean of the gradients, each projected to harm no task",
+        paper="Quinton & Rey 2024, arXiv:2406.16232",
+        length="mean of projections",
+        peers="TorchJD UPGrad; LibMTL UPGrad",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset(
+            {
+                "non_conflicting",
+                "permutation_equivariant",
+                "scale_equivariant",
+                "linear_under_scaling",
+            }
+        ),
+    ),
+    _row(
+        weightings.dualproj,
+        summary="mean gradient, projected to harm no task",
+        paper="Lopez-Paz & Ranzato 2017, arXiv:1706.08840",
+        length="projected mean",
+        peers="TorchJD DualProj",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset(
+            {"non_conflicting", "permutation_equivariant", "scale_equivariant"}
+        ),
+    ),
+    _row(
+        weightings.pcgrad,
+        summary="gradients freed from conflicts one by one, summed",
+        paper="Yu et al. 2020, arXiv:2001.06782",
+        length="sum of projections",
+        peers="TorchJD PCGrad; LibMTL PCGrad",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset({"scale_equivariant", "linear_under_scaling"}),
+    ),
+    _row(
+        weightings.gradvac,
+        summary="gradients turned to the pairs' usual cosines, summed",
+        paper="Wang et al. 2021, arXiv:2010.05874",
+        length="sum of turned gradients",
+        peers="TorchJD GradVac; LibMTL GradVac",
+        cost="Gramian + 1",
+        state_size="T * T",
+        claims=frozenset({"scale_equivariant", "linear_under_scaling"}),
+    ),
+    _row(
+        weightings.cagrad,
+        summary="near the mean, the best for the worst task",
+        paper="Liu et al. 2021, arXiv:2110.14048",
+        length="mean + c |mean|",
+        peers="TorchJD CAGrad; LibMTL CAGrad",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset({"permutation_equivariant", "scale_equivariant"}),
+    ),
+    _row(
+        weightings.imgrad,
+        summary="CAGrad that heeds how unbalanced gradients are",
+        paper="Zhou et al. 2025, arXiv:2503.08006",
+        length="mean + c |mean|",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset({"permutation_equivariant", "scale_equivariant"}),
+    ),
+    _row(
+        weightings.nash_mtl,
+        summary="bargain: the product of the tasks' decreases is largest",
+        paper="Navon et al. 2022, arXiv:2202.01017",
+        length="at most max_norm",
+        peers="TorchJD NashMTL; LibMTL Nash_MTL",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset(
+            {"non_conflicting", "permutation_equivariant", "row_scale_invariant"}
+        ),
+    ),
+    _row(
+        weightings.fairgrad,
+        summary="alpha-fair share of progress",
+        paper="Ban & Ji 2024, arXiv:2402.15638",
+        length="sqrt(T) at alpha = 1",
+        peers="TorchJD FairGrad; LibMTL FairGrad",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset(
+            {"non_conflicting", "permutation_equivariant", "row_scale_invariant"}
+        ),
+    ),
+    _row(
+        weightings.pivrg,
+        summary="FairGrad that favours tasks behind their baselines",
+        paper="Qin et al. 2025, CVPR",
+        length="shorter, the longer gradients",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset({"non_conflicting", "permutation_equivariant"}),
+        needs=frozenset({"delta_m"}),
+    ),
+    _row(
+        weightings.imtl_g,
+        summary="equal projections on all task directions",
+        paper="Liu et al. 2021, ICLR",
+        length="weights sum to 1",
+        peers="TorchJD IMTLG; LibMTL IMTL",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset(
+            {"permutation_equivariant", "scale_equivariant", "row_scale_invariant"}
+        ),
+    ),
+    _row(
+        weightings.aligned_mtl,
+        summary="gradients made orthogonal and alike, averaged",
+        paper="Senushkin et al. 2023, arXiv:2305.19000",
+        length="shortest principal component",
+        peers="TorchJD AlignedMTL; LibMTL Aligned_MTL",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset({"permutation_equivariant", "scale_equivariant"}),
+    ),
+    _row(
+        weightings.ntkmtl_sr,
+        summary="all gradients at their root mean square length",
+        paper="Qin et al. 2025, arXiv:2510.18258",
+        length="sum of T gradients",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset(
+            {"permutation_equivariant", "scale_equivariant", "row_scale_invariant"}
+        ),
+    ),
+    _row(
+        weightings.pcd,
+        summary="the first task, as far as it does not harm the others",
+        paper="Varam & AlHajri 2026, arXiv:2606.29521",
+        length="as the first gradient",
+        peers="TorchJD PCD",
+        cost="Gramian + 1",
+        state_size="2 * T",
+        claims=frozenset(),
+    ),
+    _row(
+        weightings.krum,
+        summary="the gradients closest to their neighbours",
+        paper="Blanchard et al. 2017, arXiv:1703.02757",
+        length="weights sum to 1",
+        peers="TorchJD Krum",
+        cost="Gramian + 1",
+        state_size="0",
+        claims=frozenset({"scale_equivariant"}),
+    ),
+    _row(
         weightings.edm,
         summary="equal angles with the task gradients (central direction)",
         paper="Katrutsa et al. 2020, arXiv:2007.06937",
+        length="weights sum to 1",
         cost="Gramian + 1",
         state_size="0",
         claims=frozenset(
@@ -206,6 +283,7 @@ _ROWS = (
         weightings.task_tensioner,
         summary="central direction, moved by each task's convergence behaviour",
         paper="Nakamura, Grassi & Wolf 2022, arXiv:2204.06698",
+        length="about the central direction",
         cost="Gramian + 1",
         state_size="T * (window + 4)",
         claims=frozenset(),
@@ -214,9 +292,12 @@ _ROWS = (
         aggregators.priority_projection,
         summary="a channel's gradient may not hurt the task that leans on it most",
         paper="Jeong & Yoon 2024, arXiv:2406.02996",
+        length="sum of projections",
         cost="T",
         state_size="0",
-        claims=frozenset({"permutation_equivariant", "scale_equivariant"}),
+        claims=frozenset(
+            {"permutation_equivariant", "scale_equivariant", "linear_under_scaling"}
+        ),
         needs=frozenset({"strengths"}),
         exempt=(Exemption(9, "it looks at every entry of every row"),),
     ),
@@ -224,6 +305,7 @@ _ROWS = (
         aggregators.scale_by_mao,
         summary="sum of every task's own Adam step (MAO)",
         paper="Hervella et al. 2024, doi:10.1016/j.neunet.2023.11.038",
+        length="sum of T Adam steps",
         cost="T",
         state_size="2 * T * parameters",
         claims=frozenset({"permutation_equivariant"}),
@@ -235,12 +317,13 @@ _ROWS = (
     ),
     _row(
         _sum_tasks,
-        name="look_ahead_jacobian",
         summary="gradients at each task's own point one step ahead, summed",
         paper="Lee & Son 2020, arXiv:2005.09910 (after the abstract)",
+        length="sum of T gradients",
         cost="about 4 T",
         state_size="0",
         claims=frozenset({"permutation_equivariant"}),
+        name="look_ahead_jacobian",
         jacobian=functools.partial(look_ahead_jacobian, inner_learning_rate=0.01),
         exempt=(
             Exemption(4, "one task alone looks ahead too"),

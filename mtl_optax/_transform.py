@@ -89,7 +89,7 @@ class Combiner(optax.GradientTransformationExtraArgs):
 
 
 class LossInfo(NamedTuple):
-    """What to look at after a step of a method that never sees the Gramian."""
+    """What to look at after a step of a method that never sees the whole Gramian."""
 
     task_weights: Float[Array, " tasks"]
 
@@ -183,7 +183,7 @@ def from_weighting(
     unknown = weighting.needs - {"gramian", "gramian_in_basis", "losses", "key"}
     if unknown:
         raise ValueError(f"Weighting.needs names unknown inputs: {sorted(unknown)}.")
-    sees_gramian = bool(weighting.needs & {"gramian", "gramian_in_basis"})
+    sees_gramian = "gramian" in weighting.needs
 
     def init(params: Params) -> CombinerState:
         dtype = state_dtype(params)
@@ -233,9 +233,7 @@ def from_weighting(
                 seen, basis=basis, task_mask=given_mask, axis_name=axis_name
             ).astype(dtype)
 
-        gram = None
-        if sees_gramian:
-            gram = gramian_in_basis(None)
+        gram = gramian_in_basis(None) if sees_gramian else None
         if "gramian_in_basis" in weighting.needs:
             extra["gramian_in_basis"] = gramian_in_basis
         weights, inner = weighting.update(

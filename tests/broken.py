@@ -20,6 +20,8 @@ def row(factory, claims=(), needs=GRAMIAN, kind="weighting"):
         kind=kind,
         summary="deliberately broken",
         paper="",
+        length="",
+        peers="",
         needs=needs,
         cost="",
         state_size="",

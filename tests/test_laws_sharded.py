@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import broken
+import laws
 import pytest
 
 import mtl_optax as mtl
@@ -41,7 +42,7 @@ def failures(cases):
     return {case: error for case, error in cases.items() if error}
 
 
-@pytest.mark.parametrize("name", mtl.METHODS)
+@pytest.mark.parametrize("name", [m.name for m in laws.one_of_each_kind()])
 def test_law_10_sharded_is_one_device(results, name):
     assert len(results[name]) >= 5
     assert not failures(results[name])
@@ -58,6 +59,9 @@ def test_law_10_is_tested(results):
 
 
 @pytest.mark.slow
-def test_law_10_in_every_layout():
-    for name, cases in run("all").items():
+def test_law_10_in_every_layout_and_every_method():
+    found = run("all")
+    assert set(mtl.METHODS) <= set(found)
+    for name, cases in found.items():
+        assert len(cases) >= (4 if name in mtl.METHODS else 2), name
         assert not failures(cases), name

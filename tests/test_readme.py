@@ -18,23 +18,31 @@ def test_the_readmes_code_runs_from_top_to_bottom():
         exec(compile(block, f"README.md, block {number}", "exec"), namespace)
 
 
-def test_the_methods_table_is_the_registrys(capsys):
+@pytest.mark.parametrize(
+    ("marker", "options"), [("methods", []), ("claims", ["--claims"])]
+)
+def test_the_tables_of_methods_are_the_registrys(marker, options, capsys):
     from mtl_optax import _cli
 
-    assert _cli.main(["list", "--markdown"]) in (0, None)
+    assert _cli.main(["list", "--markdown", *options]) in (0, None)
     written = capsys.readouterr().out.strip()
     table = re.search(
-        r"<!-- methods:[^>]*-->\n(.*?)\n<!-- /methods -->", README, re.DOTALL
+        rf"<!-- {marker}:[^>]*-->\n(.*?)\n<!-- /{marker} -->", README, re.DOTALL
     )
     assert table is not None
     assert table.group(1).strip() == written
 
 
-def test_the_cost_table_has_every_method():
+def test_the_cost_tables_have_every_method():
+    """Gramian methods by their own mathematics, one of them and all others whole."""
     costs = README.split("## What it costs")[1].split("\n## ")[0]
-    for name in mtl.METHODS:
-        assert f"| {name}, lazy |" in costs
-        assert f"| {name}, stacked |" in costs
+    for method in mtl.METHODS.values():
+        if method.needs & {"gramian", "gramian_in_basis"}:
+            assert f"| {method.name} |" in costs
+        elif method.cost == "1":
+            assert "| mean, lazy |" in costs
+        else:
+            assert f"| {method.name}, lazy |" in costs
 
 
 @pytest.mark.parametrize("extra", ["examples", "test"])

@@ -1,18 +1,29 @@
-"""Exact small quadratic programs on the simplex, solved inside the graph."""
+"""Exact small convex programs on Gramians, solved inside the graph."""
 
 from mtl_optax.solvers._central_direction import (
     CentralDirection,
     central_direction,
     centred_rows,
 )
+from mtl_optax.solvers._dual_cone import dual_cone_projection
+from mtl_optax.solvers._graded_eigh import graded_eigh
 from mtl_optax.solvers._min_norm import min_norm_point
+from mtl_optax.solvers._positive_root import positive_root
+from mtl_optax.solvers._simplex_norm import simplex_norm
 from mtl_optax.solvers._simplex_qp import SolverInfo, simplex_qp
+from mtl_optax.solvers._unit_rows import UnitRows, unit_rows
 
 __all__ = [
     "CentralDirection",
     "SolverInfo",
+    "UnitRows",
     "central_direction",
     "centred_rows",
+    "dual_cone_projection",
+    "graded_eigh",
     "min_norm_point",
+    "positive_root",
+    "simplex_norm",
     "simplex_qp",
+    "unit_rows",
 ]

@@ -3,17 +3,25 @@
 The shortest vector in the convex hull of the task gradients
 (Désidéri 2012, equation 13; Sener & Koltun 2018, arXiv:1810.04650, equation 3).
 
-    w = argmin_{w in simplex} || sum_t w_t g_t ||^2
+    w = argmin_{w in simplex} || sum_t w_t g_t / n_t ||^2
+    n_t = 1, |g_t|, L_t or L_t |g_t|
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mtl_optax._arguments import check_choice
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
-from mtl_optax.solvers import min_norm_point
+from mtl_optax._types import DType, Gramian, Losses, TaskMask, Weighting, Weights
+from mtl_optax.solvers import min_norm_point, unit_rows
+
+Normalization: TypeAlias = Literal["none", "l2", "loss", "loss+"]
+
+
+# Of two losses: beyond it they count as this far apart.
+_LEAST_RATIO = 1e-7
 
 
 class MgdaInfo(NamedTuple):
@@ -28,7 +36,29 @@ class MgdaState(NamedTuple):
     info: MgdaInfo
 
 
-def mgda(num_tasks: int, *, scale: Scale = "paper", axis_name: Any = None) -> Combiner:
+def _normalized(
+    gramian: Gramian, losses: Losses, mask: TaskMask, normalization: Normalization
+) -> Gramian:
+    """The Gramian of ``g_t / n_t``, up to a factor; a zero row stays one."""
+    by_length = normalization in ("l2", "loss+")
+    products = unit_rows(gramian, mask).cosines if by_length else gramian
+    if normalization == "l2":
+        return products
+    sizes = jnp.abs(losses)
+    # A loss of zero counts as the smallest that is not.
+    smallest = jnp.min(sizes, where=mask & (sizes > 0), initial=jnp.inf)
+    inverse = jnp.where(sizes > 0, smallest / jnp.where(sizes > 0, sizes, 1), 1)
+    inverse = jnp.clip(inverse, _LEAST_RATIO, 1)  # its square must not vanish
+    return products * inverse[:, None] * inverse[None, :]
+
+
+def mgda(
+    num_tasks: int,
+    *,
+    normalization: Normalization = "none",
+    scale: Scale = "paper",
+    axis_name: Any = None,
+) -> Combiner:
     r"""The shortest convex combination of the task gradients.
 
     .. math:: u = \sum_t w_t g_t, \qquad
@@ -38,16 +68,26 @@ def mgda(num_tasks: int, *, scale: Scale = "paper", axis_name: Any = None) -> Co
     direction helps all tasks. It follows the *shortest* gradients: a task that has
     nearly converged slows all others, and one with a zero gradient stops them. Use it
     to find out whether tasks conflict; prefer `edm` or `task_tensioner` to train tasks
-    whose gradients differ in length.
+    whose gradients differ in length, or a normalization.
 
     Args:
       num_tasks: T.
+      normalization: what gradients are divided by before the shortest combination is
+        sought; its weights then apply to the raw gradients. ``"none"``; ``"l2"``, their
+        lengths; ``"loss"``, their losses (in size); ``"loss+"``, the product of both,
+        as in the authors' experiments. With any of these the update no longer follows
+        the shortest gradients, but may conflict.
       scale: see `from_weighting`; here ``"paper"`` and ``"mean"`` are the same.
       axis_name: see `from_weighting`.
 
     Returns:
       a `Combiner`; ``solver_residual`` in its state is the relative KKT residual.
-      Losses are not needed. Of two parallel gradients it takes the shorter.
+      Losses are needed by ``"loss"`` and ``"loss+"`` only. Of two parallel gradients it
+      takes the shorter (after normalization); a task with a zero gradient takes all
+      weight.
+
+    Raises:
+      ValueError: for an unknown normalization.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,20 +105,29 @@ def mgda(num_tasks: int, *, scale: Scale = "paper", axis_name: Any = None) -> Co
     Differs from the authors' code: the minimum is exact; theirs stops Frank-Wolfe
     early and keeps pair weights within 0.001 and 0.999.
     """
+    check_choice("normalization", normalization, get_args(Normalization))
+    needs = {"gramian", "losses"} if "loss" in normalization else {"gramian"}
 
     def init(num_tasks: int, dtype: DType) -> MgdaState:
         del num_tasks
         return MgdaState(MgdaInfo(jnp.zeros((), dtype)))
 
     def update(
-        gramian: Gramian, state: MgdaState, *, task_mask: TaskMask, **extra: Any
+        gramian: Gramian,
+        state: MgdaState,
+        *,
+        losses: Losses,
+        task_mask: TaskMask,
+        **extra: Any,
     ) -> tuple[Weights, MgdaState]:
         del state, extra
+        if normalization != "none":
+            gramian = _normalized(gramian, losses, task_mask, normalization)
         weights, solved = min_norm_point(gramian, task_mask=task_mask)
         return weights, MgdaState(MgdaInfo(solved.residual))
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian"})),
+        Weighting(init, update, frozenset(needs)),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

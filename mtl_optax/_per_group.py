@@ -1,0 +1,130 @@
+"""`per_group`: one combination a layer, a leaf or any other group of parameters."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from mtl_optax._transform import Combiner
+from mtl_optax._tree import (
+    check_task_axis,
+    flatten,
+    materialize,
+    path_names,
+    same_structure,
+)
+from mtl_optax._types import Params, State, TaskGradients, Updates
+
+
+class PerGroupState(NamedTuple):
+    """State of `per_group`: that of the combiner, once a group, in order of labels."""
+
+    groups: tuple[State, ...]
+
+
+def leaf_labels(params: PyTree[Any]) -> PyTree[Hashable]:
+    """Every leaf is a group of its own."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path), params)
+
+
+def module_labels(params: PyTree[Any]) -> PyTree[Hashable]:
+    """Leaves of one module (that differ in the last name of their path) are a group."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path_names(path, variables=True)[:-1], params
+    )
+
+
+def per_group(
+    tx: Combiner, labels: PyTree[Hashable] | Callable[[Params], PyTree[Hashable]]
+) -> Combiner:
+    r"""Combines the task gradients of every group of parameters by itself.
+
+    .. math:: u_l = \mathrm{combine}(g_{1,l}, \dots, g_{T,l}, s_l)
+              \qquad \text{for every group } l
+
+    Tasks may agree in one layer and conflict in the next; each group then has weights
+    of its own. The promises of a method (no conflict, a Pareto-stationary stop) hold a
+    group, which is more than asked for the whole, and what `scale="norm"` keeps is
+    each group's length.
+
+    Args:
+      tx: any combiner of `mtl_optax`, with a state a group.
+      labels: a tree like the parameters with one hashable label a leaf, or a function
+        that makes one of the parameters; leaves of one label are one group.
+
+    Returns:
+      a `Combiner`. With more than one group a lazy tree is materialised (T backward
+      passes, and the whole Jacobian in memory). A random method draws anew in every
+      group from the one ``key=``.
+
+    Raises:
+      TypeError: when `tx` is no combiner.
+      ValueError: at trace time, when labels do not fit the parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> tx = mtl.per_group(mtl.edm(num_tasks=2), {"a": "trunk", "b": "neck"})
+      >>> g = {"a": jnp.array([[3.0], [1.0]]), "b": jnp.array([[1.0], [1.0]])}
+      >>> tx.update(g, tx.init({"a": jnp.zeros(1), "b": jnp.zeros(1)}))[0]["a"]
+      Array([1.5], dtype=float32)
+    """
+    if not isinstance(tx, Combiner):
+        raise TypeError(f"per_group: tx must be a combiner of mtl_optax, got {tx!r}.")
+
+    def groups_of(tree: PyTree[Any]) -> tuple[list[list[int]], list[Any], Any]:
+        """Positions of every group's leaves, the leaves, and the tree's structure."""
+        leaves, treedef = flatten(tree)
+        found, label_treedef = jax.tree.flatten(
+            labels(tree) if callable(labels) else labels,
+            is_leaf=lambda x: isinstance(x, tuple) and not hasattr(x, "_fields"),
+        )
+        if not same_structure(treedef, label_treedef):
+            raise ValueError(
+                "per_group: labels must have the structure of the parameters, with one "
+                f"hashable label a leaf; expected {treedef}, got {label_treedef}."
+            )
+        groups: dict[Hashable, list[int]] = {}
+        for position, label in enumerate(found):
+            groups.setdefault(label, []).append(position)
+        return list(groups.values()), leaves, treedef
+
+    def init(params: Params) -> PerGroupState:
+        groups, leaves, _ = groups_of(params)
+        return PerGroupState(tuple(tx.init([leaves[i] for i in at]) for at in groups))
+
+    def update(
+        task_grads: TaskGradients,
+        state: PerGroupState,
+        params: Params | None = None,
+        *,
+        key: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[Updates, PerGroupState]:
+        if tx.num_tasks is not None:
+            check_task_axis(task_grads, tx.num_tasks, params)
+        groups, leaves, treedef = groups_of(task_grads)
+        if len(groups) > 1:
+            leaves = jax.tree.leaves(materialize(task_grads))
+        own = None if params is None else jax.tree.leaves(params)
+        out: list[Any] = [None] * len(leaves)
+        new = []
+        for number, (at, before) in enumerate(zip(groups, state.groups, strict=True)):
+            given = (
+                extra
+                if key is None
+                else extra | {"key": jax.random.fold_in(key, number)}
+            )
+            updates, after = tx.update(
+                [leaves[i] for i in at],
+                before,
+                None if own is None else [own[i] for i in at],
+                **given,
+            )
+            new.append(after)
+            for i, updated in zip(at, updates, strict=True):
+                out[i] = updated
+        return jax.tree.unflatten(treedef, out), PerGroupState(tuple(new))
+
+    return Combiner(init, update, tx.num_tasks)

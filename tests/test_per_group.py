@@ -1,0 +1,131 @@
+"""`per_group`: one combination a group of parameters."""
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from flax import nnx
+
+import mtl_optax as mtl
+
+PARAMS = {"a": {"b": jnp.zeros(2), "w": jnp.zeros((2, 3))}, "z": jnp.zeros(4)}
+
+
+def task_grads(seed=0, tasks=3):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: jnp.asarray(rng.standard_normal((tasks, *p.shape)), p.dtype), PARAMS
+    )
+
+
+def updated(tx, grads, **extra):
+    def step(grads):
+        return tx.update(grads, tx.init(PARAMS), PARAMS, **extra)
+
+    return laws.quick_jit(step)(grads)
+
+
+def test_each_group_is_combined_by_itself():
+    grads = task_grads()
+    labels = {"a": {"b": 1, "w": 2}, "z": 1}
+    found, state = updated(mtl.per_group(mtl.mgda(3), labels), grads)
+    one = {"b": grads["a"]["b"], "z": grads["z"]}
+    tx = mtl.mgda(3)
+    wanted, _ = tx.update(one, tx.init({"b": jnp.zeros(2), "z": jnp.zeros(4)}))
+    np.testing.assert_allclose(found["a"]["b"], wanted["b"], rtol=1e-5)
+    np.testing.assert_allclose(found["z"], wanted["z"], rtol=1e-5)
+    alone, _ = tx.update(grads["a"]["w"], tx.init(jnp.zeros((2, 3))))
+    np.testing.assert_allclose(found["a"]["w"], alone, rtol=1e-5)
+    assert len(state.groups) == 2
+
+
+def test_one_group_is_the_combiner_itself():
+    grads = task_grads()
+    labels = jax.tree.map(lambda _: "all", PARAMS)
+    found, _ = updated(mtl.per_group(mtl.edm(3), labels), grads)
+    wanted, _ = updated(mtl.edm(3), grads)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_lazy_is_stacked():
+    def losses(params, x):
+        total = sum(jnp.sum(jnp.sin(p + 0.3)) for p in jax.tree.leaves(params))
+        square = sum(jnp.sum(p * x) for p in jax.tree.leaves(params))
+        return total, square, total * square
+
+    tx = mtl.per_group(mtl.upgrad(3), lambda params: jax.tree.map(jnp.shape, params))
+
+    def step(params):
+        found, lazy = mtl.task_jacobian(losses)(params, 2.0)
+        one, _ = tx.update(lazy, tx.init(params), params, losses=found)
+        two, _ = tx.update(mtl.materialize(lazy), tx.init(params), params)
+        return one, two
+
+    one, two = laws.quick_jit(step)(jax.tree.map(lambda p: p + 0.1, PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_wrong_use():
+    with pytest.raises(TypeError, match="combiner of mtl_optax"):
+        mtl.per_group(mtl.mgda, PARAMS)
+    tx = mtl.per_group(mtl.mgda(3), {"a": 1, "z": 2})
+    with pytest.raises(ValueError, match="structure of the parameters"):
+        tx.init(PARAMS)
+    tx = mtl.per_group(mtl.mgda(3), jax.tree.map(jnp.shape, PARAMS))
+    with pytest.raises(ValueError, match=r"'z'.*already reduced"):
+        tx.update(task_grads() | {"z": jnp.zeros(4)}, tx.init(PARAMS), PARAMS)
+
+
+# ------------------------------------------------------------------ GradVac's groups
+
+
+def vaccinated(rows, targets, beta=0.5):
+    """Two tasks: one pair, so no order matters. Float64, from the formula."""
+    updates = 0
+    for i, j in ((0, 1), (1, 0)):
+        g, other = rows[i], rows[j]
+        size, length = np.linalg.norm(g), np.linalg.norm(other)
+        phi, goal = g @ other / size / length, targets[i, j]
+        if phi < goal:
+            lift = goal * np.sqrt(1 - phi**2) - phi * np.sqrt(1 - goal**2)
+            g = g + size * lift / length / np.sqrt(1 - goal**2) * other
+        targets[i, j] += beta * (phi - goal)
+        updates = updates + g
+    return updates
+
+
+@pytest.mark.parametrize("group", ["whole", "layer", "leaf"])
+def test_gradvac_by_group(group):
+    groups = {
+        "whole": [("a", "b"), ("a", "w"), ("z",)],
+        "layer": [("a", "b"), ("a", "w")],
+        "leaf": [("a", "w")],
+    }[group]
+
+    def flat(tree, at):
+        for name in at:
+            tree = tree[name]
+        return np.asarray(tree, np.float64).reshape(np.shape(tree)[0], -1)
+
+    tx = mtl.gradvac(2, group=group)
+    step = laws.quick_jit(lambda g, s: tx.update(g, s, PARAMS, key=jax.random.key(1)))
+    state, targets = tx.init(PARAMS), np.zeros((2, 2))
+    for turn in range(4):
+        grads = task_grads(turn, tasks=2)
+        updates, state = step(grads, state)
+        rows = np.concatenate([flat(grads, at) for at in groups], axis=1)
+        wanted = vaccinated(rows, targets)
+        tree = jax.tree.map(lambda u: u[None], updates)
+        found = np.concatenate([flat(tree, at)[0] for at in groups])
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_an_nnx_network():
+    model = nnx.Sequential(
+        nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    )
+    params = nnx.state(model, nnx.Param)
+    tx = mtl.gradvac(2, group="layer")
+    assert len(tx.init(params).groups) == 2
+    assert len(mtl.gradvac(2, group="leaf").init(params).groups) == 4

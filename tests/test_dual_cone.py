@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import quadprog
 
-from mtl_optax.solvers._dual_cone import dual_cone_projection
+from mtl_optax.solvers import dual_cone_projection
 
 pytestmark = pytest.mark.filterwarnings("error")
 FAMILIES = ("plain", "conflict", "lengths", "lengths, conflict", "few dimensions")
@@ -288,6 +288,45 @@ def test_scan_vmap_and_shard_map_agree():
         return one(gramian[0])[0][None]
 
     np.testing.assert_allclose(sharded(gramians[:1])[0], expected[0], atol=2e-3)
+
+
+@pytest.mark.parametrize("lengths", [1.0, 1e4])
+def test_margins_against_quadprog(lengths):
+    """The shifted cone ``J d >= m``, with one task that is no constraint."""
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((40, 4, 9)) * lengths ** rng.uniform(0, 1, (40, 4, 1))
+    rows = rows.astype(np.float32).astype(np.float64)
+    own = np.linalg.norm(rows, axis=2)
+    margins = rng.uniform(-1, 1, (40, 4)) * own * own[:, :1]
+    margins[:, 0] = -np.inf
+    reference = np.array([1.0, 0, 0, 0])
+
+    @laws.quick_jit
+    @jax.vmap
+    def solve(gramian, margin):
+        return dual_cone_projection(gramian, jnp.asarray(reference), margins=margin)
+
+    gramians = np.einsum("nsp,ntp->nst", rows, rows)
+    weights, info = solve(jnp.float32(gramians), jnp.float32(margins))
+    assert np.max(info.residual) < 1e-5
+    for J, m, w in zip(rows, margins, np.asarray(weights, np.float64), strict=True):
+        lead, others = J[0], J[1:]
+        size = np.linalg.norm(lead)
+        unit = others / np.linalg.norm(others, axis=1)[:, None]
+        bounds = m[1:] / np.linalg.norm(others, axis=1) / size
+        d = quadprog.solve_qp(np.eye(9), lead / size, unit.T, bounds)[0] * size
+        np.testing.assert_allclose(w @ J, d, atol=1e-4 * np.linalg.norm(d))
+        assert w[0] == 1
+
+
+def test_margins_have_a_shape_and_are_finite():
+    gramian = jnp.eye(3)
+    with pytest.raises(ValueError, match=r"margins has shape \(2,\)"):
+        dual_cone_projection(gramian, jnp.ones(3), margins=jnp.ones(2))
+    margins = jnp.array([0.0, jnp.nan, 0.0])
+    assert np.isnan(
+        dual_cone_projection(gramian, jnp.ones(3), margins=margins)[0]
+    ).all()
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3)])

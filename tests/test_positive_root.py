@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, minimize, root
 
-from mtl_optax.solvers._positive_root import positive_root
-from mtl_optax.solvers._simplex_qp import SolverInfo
+from mtl_optax.solvers import SolverInfo, positive_root
 
 pytestmark = pytest.mark.filterwarnings("error")
 

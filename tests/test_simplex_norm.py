@@ -17,8 +17,7 @@ import pytest
 import quadprog
 from scipy.optimize import brentq, minimize
 
-from mtl_optax.solvers import SolverInfo
-from mtl_optax.solvers._simplex_norm import simplex_norm
+from mtl_optax.solvers import SolverInfo, simplex_norm
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -139,12 +139,18 @@ def main() -> None:
     """Prints a Markdown table for each number of tasks asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 8])
+    parser.add_argument(
+        "--methods", nargs="+", choices=tuple(mtl.METHODS), metavar="NAME"
+    )
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--batch", type=int, default=256)
     options = parser.parse_args()
     sizes = {"width": options.width, "depth": options.depth, "batch": options.batch}
-    found = [measure(num_tasks, **sizes) for num_tasks in options.tasks]
+    found = [
+        measure(num_tasks, methods=options.methods, **sizes)
+        for num_tasks in options.tasks
+    ]
     heads = [f"T = {t}: time | memory" for t in options.tasks]
     print("| step |", " | ".join(heads), "|")
     print("|---|" + "---|---|" * len(heads))

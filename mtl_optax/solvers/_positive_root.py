@@ -225,7 +225,7 @@ def positive_root(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from mtl_optax.solvers._positive_root import positive_root
+      >>> from mtl_optax.solvers import positive_root
       >>> jacobian = jnp.array([[1.0, 0.0], [0.0, 2.0]])
       >>> x, info = positive_root(jacobian @ jacobian.T, 1.0)
       >>> print(x.round(3), (x @ jacobian).round(3))

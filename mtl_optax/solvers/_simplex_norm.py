@@ -326,7 +326,7 @@ def simplex_norm(
       CAGrad with c = 1/2 for two gradients of which one is longer:
 
       >>> import jax.numpy as jnp
-      >>> from mtl_optax.solvers._simplex_norm import simplex_norm
+      >>> from mtl_optax.solvers import simplex_norm
       >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
       >>> mean = jacobian.mean(0)
       >>> radius = 0.5 * jnp.linalg.norm(mean)

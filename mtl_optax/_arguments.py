@@ -1,10 +1,12 @@
 """Checks of what factories are given, made when the transform is built."""
 
+import difflib
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def check_num_tasks(num_tasks: Any) -> None:
@@ -26,20 +28,14 @@ def check_count(name: str, value: Any, *, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
-def check_per_task(name: str, value: Any, num_tasks: int) -> None:
-    """Raises unless `value` is one number a task, none negative where concrete."""
-    if np.shape(value) != (num_tasks,):
-        raise ValueError(
-            f"{name}: expected one number a task, shape ({num_tasks},), got shape "
-            f"{np.shape(value)}."
-        )
-    if isinstance(value, jax.core.Tracer):
-        return
-    numbers = np.asarray(value, float)
-    if not np.all(np.isfinite(numbers) & (numbers >= 0)) or not np.any(numbers > 0):
-        raise ValueError(
-            f"{name} must be finite, not negative and not all zero, got {value}."
-        )
+def unknown_method(name: str, names: Iterable[str]) -> str:
+    """What to say about a name that is no method's."""
+    known = {re.sub("[^a-z]", "", each.lower()): each for each in names}
+    wanted = re.sub("[^a-z]", "", name.lower())
+    near = difflib.get_close_matches(wanted, known, n=1)
+    if near:
+        return f"unknown method {name!r}; did you mean {known[near[0]]!r}?"
+    return f"unknown method {name!r}; there are {', '.join(known.values())}"
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -54,14 +50,18 @@ def check_nonnegative(
     *,
     below: float | None = None,
     at_most: float | None = None,
+    finite: bool = True,
 ) -> None:
     """Raises if `value` is concrete and negative or NaN; a traced value passes.
 
-    With `below`, also if it is not below that; with `at_most`, if it is above that.
+    With `below`, also if it is not below that; with `at_most`, if it is above that; if
+    `finite`, also if it is infinite.
     """
     if _is_concrete_scalar(name, value):
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
+        if finite and value == float("inf"):
+            raise ValueError(f"{name} must be finite, got {value}.")
         if below is not None and not value < below:
             raise ValueError(f"{name} must be below {below}, got {value}.")
         if at_most is not None and value > at_most:
@@ -69,9 +69,13 @@ def check_nonnegative(
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raises if `value` is concrete and not positive in float32."""
-    if _is_concrete_scalar(name, value) and not value >= jnp.finfo(jnp.float32).tiny:
-        raise ValueError(f"{name} must be positive (in float32), got {value}.")
+    """Raises if `value` is concrete and not positive and finite in float32."""
+    if _is_concrete_scalar(name, value):
+        numbers = jnp.finfo(jnp.float32)
+        if not value >= numbers.tiny:
+            raise ValueError(f"{name} must be positive (in float32), got {value}.")
+        if value > numbers.max:
+            raise ValueError(f"{name} must be finite (in float32), got {value}.")
 
 
 def _is_concrete_scalar(name: str, value: Any) -> bool:

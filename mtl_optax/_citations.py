@@ -6,6 +6,8 @@ checked (page numbers of a few proceedings) is left out.
 
 # ruff: noqa: E501 - an entry keeps its lines whole, as it is pasted
 
+from mtl_optax._arguments import unknown_method
+
 _ENTRIES = {
     "kurin2022defense": r"""@inproceedings{kurin2022defense,
   title = {In Defense of the Unitary Scalarization for Deep Multi-Task Learning},
@@ -273,5 +275,5 @@ def citation(name: str) -> str:
       @inproceedings{liu2021conflict,
     """
     if name not in _PAPERS:
-        raise KeyError(f"no method {name!r}; there are {', '.join(sorted(_PAPERS))}.")
+        raise KeyError(unknown_method(str(name), _PAPERS))
     return _Citation("\n\n".join(_ENTRIES[key] for key in _PAPERS[name]))

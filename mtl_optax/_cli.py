@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cite = commands.add_parser("cite", help="print the BibTeX of methods")
     cite.add_argument(
-        "methods", type=_names, metavar="A[,B]", help="names from `mtl-optax list`"
+        "methods", type=_names, nargs="+", metavar="A", help="from `mtl-optax list`"
     )
     cite.set_defaults(run=_cite)
     return parser
@@ -202,14 +202,13 @@ def _rates(text: str) -> tuple[float, ...]:
 
 
 def _names(text: str) -> tuple[str, ...]:
+    from mtl_optax._arguments import unknown_method
     from mtl_optax._registry import METHODS
 
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     unknown = [name for name in names if name not in METHODS]
     if unknown:
-        raise argparse.ArgumentTypeError(
-            f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}"
-        )
+        raise argparse.ArgumentTypeError(unknown_method(unknown[0], METHODS))
     return names
 
 
@@ -228,7 +227,13 @@ def _list(arguments: argparse.Namespace) -> None:
 
     if arguments.claims:
         claims = _CLAIMS.values()
-        header = ["method", *_CLAIMS, "update's length", "state", "elsewhere"]
+        header = [
+            "method",
+            *_CLAIMS,
+            "update's length",
+            "state",
+            "in TorchJD 0.18, LibMTL 1.1",
+        ]
         lines = [
             [
                 method.name,
@@ -269,7 +274,8 @@ def _list(arguments: argparse.Namespace) -> None:
 def _cite(arguments: argparse.Namespace) -> None:
     from mtl_optax._citations import citation
 
-    _say("\n\n".join(citation(name) for name in arguments.methods))
+    names = [name for group in arguments.methods for name in group]
+    _say("\n\n".join(citation(name) for name in dict.fromkeys(names)))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -412,14 +418,20 @@ _RECIPES = {
 
 def _recipe(method: str, tasks: Sequence[str], rate: float) -> str:
     """How to have the same in a chain of one's own."""
+    from mtl_optax._registry import METHODS
     from mtl_optax.examples.systems import LOOK_AHEAD
 
-    combiner = (
+    combiner = [
         _MASK,
         f"combine = mtl.shared_only(mtl.{method}(num_tasks={{tasks}}), mask)",
         "tx = optax.chain(combine, optax.adam({rate:g}))",
         *_STEP,
-    )
+    ]
+    if method in METHODS and "key" in METHODS[method].needs:
+        combiner[-1:] = [
+            "key = jax.random.key(0)  # a fresh one at every step",
+            _STEP[-1].replace("losses=losses", "losses=losses, key=key"),
+        ]
     lines = [
         line.format(rate=rate, tasks=len(tasks), names=tuple(tasks), ahead=LOOK_AHEAD)
         for line in _RECIPES.get(method, combiner)

@@ -7,20 +7,14 @@ import jax
 from jaxtyping import PyTree
 
 from mtl_optax._transform import Combiner
-from mtl_optax._tree import (
-    check_task_axis,
-    flatten,
-    materialize,
-    path_names,
-    same_structure,
-)
+from mtl_optax._tree import check_task_axis, flatten, materialize, path_names
 from mtl_optax._types import Params, State, TaskGradients, Updates
 
 
 class PerGroupState(NamedTuple):
-    """State of `per_group`: that of the combiner, once a group, in order of labels."""
+    """State of `per_group`: that of the combiner, once a group, by the label's name."""
 
-    groups: tuple[State, ...]
+    groups: dict[str, State]
 
 
 def leaf_labels(params: PyTree[Any]) -> PyTree[Hashable]:
@@ -56,7 +50,9 @@ def per_group(
     Returns:
       a `Combiner`. With more than one group a lazy tree is materialised (T backward
       passes, and the whole Jacobian in memory). A random method draws anew in every
-      group from the one ``key=``.
+      group from the one ``key=``. Its state holds a `CombinerState` a group, so look at
+      ``state.groups["trunk"].info.task_weights``, or at all of them by
+      `optax.tree_utils.tree_get_all_with_path`.
 
     Raises:
       TypeError: when `tx` is no combiner.
@@ -73,26 +69,34 @@ def per_group(
     if not isinstance(tx, Combiner):
         raise TypeError(f"per_group: tx must be a combiner of mtl_optax, got {tx!r}.")
 
-    def groups_of(tree: PyTree[Any]) -> tuple[list[list[int]], list[Any], Any]:
-        """Positions of every group's leaves, the leaves, and the tree's structure."""
-        leaves, treedef = flatten(tree)
-        found, label_treedef = jax.tree.flatten(
-            labels(tree) if callable(labels) else labels,
-            is_leaf=lambda x: isinstance(x, tuple) and not hasattr(x, "_fields"),
-        )
-        if not same_structure(treedef, label_treedef):
+    def groups_of(params: PyTree[Any], treedef: Any) -> dict[str, list[int]]:
+        """Positions of every group's leaves, by the label's name."""
+        tree = labels(params) if callable(labels) else labels
+        try:
+            found = treedef.flatten_up_to(tree)
+            known = dict.fromkeys(found)
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 "per_group: labels must have the structure of the parameters, with one "
-                f"hashable label a leaf; expected {treedef}, got {label_treedef}."
-            )
-        groups: dict[Hashable, list[int]] = {}
-        for position, label in enumerate(found):
-            groups.setdefault(label, []).append(position)
-        return list(groups.values()), leaves, treedef
+                f"hashable label a leaf; expected {treedef}, got {tree}."
+            ) from error
+        names: dict[str, Hashable] = {}
+        for label in known:
+            name = "/".join(map(str, label)) if isinstance(label, tuple) else str(label)
+            while name in names:
+                name += "'"
+            names[name] = label
+        return {
+            name: [at for at, label in enumerate(found) if label == own]
+            for name, own in names.items()
+        }
 
     def init(params: Params) -> PerGroupState:
-        groups, leaves, _ = groups_of(params)
-        return PerGroupState(tuple(tx.init([leaves[i] for i in at]) for at in groups))
+        leaves, treedef = flatten(params)
+        groups = groups_of(params, treedef)
+        return PerGroupState(
+            {name: tx.init([leaves[i] for i in at]) for name, at in groups.items()}
+        )
 
     def update(
         task_grads: TaskGradients,
@@ -104,27 +108,35 @@ def per_group(
     ) -> tuple[Updates, PerGroupState]:
         if tx.num_tasks is not None:
             check_task_axis(task_grads, tx.num_tasks, params)
-        groups, leaves, treedef = groups_of(task_grads)
+        leaves, treedef = flatten(task_grads)
+        like = jax.tree.map(
+            lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), task_grads
+        )
+        groups = groups_of(like if params is None else params, treedef)
         if len(groups) > 1:
             leaves = jax.tree.leaves(materialize(task_grads))
         own = None if params is None else jax.tree.leaves(params)
         out: list[Any] = [None] * len(leaves)
-        new = []
-        for number, (at, before) in enumerate(zip(groups, state.groups, strict=True)):
-            given = (
-                extra
-                if key is None
-                else extra | {"key": jax.random.fold_in(key, number)}
-            )
-            updates, after = tx.update(
+        new = {}
+        for number, (name, at) in enumerate(groups.items()):
+            given = extra
+            if key is not None:
+                given = extra | {"key": jax.random.fold_in(key, number)}
+            updates, new[name] = tx.update(
                 [leaves[i] for i in at],
-                before,
+                state.groups[name],
                 None if own is None else [own[i] for i in at],
                 **given,
             )
-            new.append(after)
             for i, updated in zip(at, updates, strict=True):
                 out[i] = updated
-        return jax.tree.unflatten(treedef, out), PerGroupState(tuple(new))
+        return jax.tree.unflatten(treedef, out), PerGroupState(new)
 
-    return Combiner(init, update, tx.num_tasks)
+    return Combiner(
+        init,
+        update,
+        tx.num_tasks,
+        scale=tx.scale,
+        axis_name=tx.axis_name,
+        skips_nonfinite=tx.skips_nonfinite,
+    )

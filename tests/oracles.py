@@ -167,14 +167,18 @@ def _projected(J, reference):
     return reference + height * _nonnegative(C, C @ scaled / height) / lengths
 
 
-def dualproj(rows, losses):
+def _preferred(losses, preference):
     size = losses.shape[1]
-    return np.stack([_projected(J, np.full(size, 1 / size)) for J in rows])
+    return np.full(size, 1 / size) if preference is None else np.array(preference)
 
 
-def upgrad(rows, losses):
-    size = losses.shape[1]
-    return np.stack([sum(_projected(J, e) for e in np.eye(size) / size) for J in rows])
+def dualproj(rows, losses, preference=None):
+    return np.stack([_projected(J, _preferred(losses, preference)) for J in rows])
+
+
+def upgrad(rows, losses, preference=None):
+    each = np.diag(_preferred(losses, preference))
+    return np.stack([sum(_projected(J, one) for one in each) for J in rows])
 
 
 def _root(J, alpha, omega):
@@ -235,6 +239,7 @@ def imtl_g(rows, losses):
         D, U = J[0] - J[1:], units[0] - units[1:]
         others = np.linalg.solve(U @ D.T, U @ J[0])
         w = np.array([1 - others.sum(), *others])
+        w = w * min(1, 100 / np.abs(w).sum())  # our own bound
         weights.append(w if units[0] @ (w @ J) > 0 else -w)
     return np.stack(weights)
 
@@ -288,14 +293,14 @@ def gradvac(rows, losses, beta=0.5):
     return np.stack(updates)
 
 
-def krum(rows, losses):
+def krum(rows, losses, broken=0, power=2):
     size = losses.shape[1]
+    neighbours = min(max(size - broken - 2, 1), size - 1)
     weights = []
     for J in rows:
-        squares = np.sum((J[:, None] - J) ** 2, axis=-1)
-        nearest = np.sort(squares + np.diag(np.full(size, np.inf)), axis=1)
-        scores = nearest[:, : min(max(size - 2, 1), size - 1)].sum(1)
-        weights.append(np.eye(size)[np.argmin(scores)])
+        gaps = np.linalg.norm(J[:, None] - J, axis=-1) ** power
+        nearest = np.sort(gaps + np.diag(np.full(size, np.inf)), axis=1)
+        weights.append(np.eye(size)[np.argmin(nearest[:, :neighbours].sum(1))])
     return np.stack(weights)
 
 

@@ -25,6 +25,7 @@ FLOORS = [
     {
         "_transform",
         "_wrappers",
+        "_solved",
         "_per_task",
         "_per_group",
         "_look_ahead_steps",

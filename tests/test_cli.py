@@ -110,6 +110,22 @@ def test_list_as_markdown_is_a_table(capsys):
     assert lines[1].startswith("| --- |")
 
 
+def test_list_of_claims(capsys):
+    assert _cli.main(["list", "--claims"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    for method in mtl.METHODS.values():
+        (line,) = [x for x in out if x.startswith(f"{method.name} ")]
+        assert line.count(" yes ") == len(method.claims)
+        assert method.length in line
+        assert method.peers in line
+
+
+def test_cite(capsys):
+    assert _cli.main(["cite", "cagrad,mgda", "cagrad"]) == 0
+    out = capsys.readouterr().out
+    assert out.strip() == f"{mtl.citation('cagrad')}\n\n{mtl.citation('mgda')}"
+
+
 def test_version(capsys):
     assert _cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"mtl_optax {mtl.__version__}\n"
@@ -118,7 +134,10 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["demo", "--methods", "mean,madg"], 2, "unknown method 'madg'; there are"),
+        (["demo", "--methods", "mean,madg"], 2, "unknown method 'madg'; did you mean"),
+        (["demo", "--methods", "mean,xyz"], 2, "unknown method 'xyz'; there are"),
+        (["demo", "--methods", "mean,pivrg"], 1, "pivrg needs delta_m, which the"),
+        (["cite", "Nash-MTL", "XYZ"], 2, "did you mean 'nash_mtl'?"),
         (["demo", "--methods", ""], 2, "unknown method ''"),
         (["demo", "--tasks", "CL_XX"], 1, "unknown tasks 'CL_XX'"),
         (["demo", "--tasks", "CL"], 1, "nothing to combine"),
@@ -300,7 +319,7 @@ def _python(*arguments, **options):
     )
 
 
-RECIPES = [*_cli._RECIPES, "edm"]
+RECIPES = [*_cli._RECIPES, "edm", "pcgrad"]
 
 
 @pytest.mark.slow

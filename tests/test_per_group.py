@@ -66,6 +66,43 @@ def test_lazy_is_stacked():
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_labels_are_made_of_the_parameters(given):
+    """Not of the task gradients, which have one more axis."""
+
+    def by_size(params):
+        return jax.tree.map(lambda p: "large" if p.size > 4 else "small", params)
+
+    grads = task_grads()
+    tx = mtl.per_group(mtl.mgda(3), by_size)
+    state = tx.init(PARAMS)
+    assert set(state.groups) == {"large", "small"}
+    found, _ = tx.update(grads, state, PARAMS if given else None)
+    wanted, _ = updated(mtl.per_group(mtl.mgda(3), by_size(PARAMS)), grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted
+    )
+
+
+@pytest.mark.parametrize("group", ["layer", "leaf"])
+def test_parameters_in_tuples(group):
+    params = [(jnp.zeros((2, 3)), jnp.zeros(3)), (jnp.zeros((3, 1)), jnp.zeros(1))]
+    tx = mtl.gradvac(2, group=group)
+    grads = jax.tree.map(lambda p: jnp.ones((2, *p.shape)), params)
+    state = tx.init(params)
+    assert len(state.groups) == {"layer": 2, "leaf": 4}[group]
+    tx.update(grads, state, params, key=jax.random.key(0))
+    labels = [("a", "a"), ("b", ("b", 1))]
+    state = mtl.per_group(mtl.mgda(2), labels).init(params)
+    assert set(state.groups) == {"a", "b", "b/1"}
+
+
+def test_what_stands_inside_is_known_outside():
+    assert mtl.per_group(mtl.edm(3, axis_name="x"), PARAMS).axis_name == "x"
+    guarded = mtl.skip_nonfinite_tasks(mtl.edm(3, scale="norm"))
+    assert mtl.per_group(guarded, PARAMS).skips_nonfinite
+
+
 def test_wrong_use():
     with pytest.raises(TypeError, match="combiner of mtl_optax"):
         mtl.per_group(mtl.mgda, PARAMS)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from oracles import simplex_weights
+from oracles import ORACLES, simplex_weights
 
 import mtl_optax as mtl
 
@@ -52,30 +52,50 @@ def test_mgda_reads_losses_only_where_it_needs_them():
 
 
 def test_constant_weights_take_what_they_are_given():
-    tx = mtl.constant_weights(4, [1, 0, 2.5, 3])
+    tx = mtl.constant_weights(4, weights=[1, 0, 2.5, 3])
     np.testing.assert_array_equal(weights_of(tx, ROWS), [1, 0, 2.5, 3])
     mask = jnp.array([True, True, False, True])
     np.testing.assert_array_equal(weights_of(tx, ROWS, task_mask=mask), [1, 0, 0, 3])
-    tx = mtl.constant_weights(4, [1, 0, 2, 1], scale="mean")
+    tx = mtl.constant_weights(4, weights=[1, 0, 2, 1], scale="mean")
     np.testing.assert_array_equal(weights_of(tx, ROWS), [0.25, 0, 0.5, 0.25])
 
 
-@pytest.mark.parametrize(
-    "factory", [mtl.constant_weights, mtl.upgrad, mtl.dualproj, mtl.aligned_mtl]
-)
-def test_numbers_a_task_are_checked(factory):
+PER_TASK = [
+    (mtl.constant_weights, "weights"),
+    (mtl.upgrad, "preference"),
+    (mtl.dualproj, "preference"),
+    (mtl.aligned_mtl, "preference"),
+]
+
+
+@pytest.mark.parametrize(("factory", "name"), PER_TASK)
+def test_numbers_a_task_are_checked(factory, name):
     for wrong in ([1.0, 2.0], [[1.0, 2.0, 3.0]], 1.0):
         with pytest.raises(ValueError, match=r"one number a task, shape \(3,\)"):
-            factory(3, wrong)
+            factory(3, **{name: wrong})
     for wrong in ([1.0, -1.0, 1.0], [0.0, 0.0, 0.0], [1.0, np.nan, 1.0]):
         with pytest.raises(ValueError, match="must be finite, not negative"):
-            factory(3, wrong)
+            factory(3, **{name: wrong})
+
+
+@pytest.mark.parametrize(("factory", "name"), PER_TASK)
+def test_numbers_a_task_may_be_traced(factory, name):
+    rows = jnp.asarray(ROWS)
+
+    @laws.quick_jit
+    def step(share):
+        tx = factory(4, **{name: [share, 1 - share, 0.5, 0.25]})
+        return tx.update(rows, tx.init(rows[0]))[0]
+
+    tx = factory(4, **{name: [0.75, 0.25, 0.5, 0.25]})
+    wanted = laws.quick_jit(lambda: tx.update(rows, tx.init(rows[0]))[0])()
+    np.testing.assert_allclose(step(0.75), wanted, rtol=1e-5)
 
 
 def test_weights_may_be_swept_under_vmap():
     sweep = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     found = jax.vmap(
-        lambda w: mtl.constant_weights(2, w).update(
+        lambda w: mtl.constant_weights(2, weights=w).update(
             {"w": jnp.ones((2, 1))}, mtl.constant_weights(2).init({"w": jnp.zeros(1)})
         )[0]["w"]
     )(sweep)
@@ -142,7 +162,7 @@ def test_pcgrad_draws_every_order():
 
 
 def test_cagrad_at_zero_is_the_mean():
-    np.testing.assert_allclose(weights_of(mtl.cagrad(4, 0.0), ROWS), 0.25, rtol=1e-6)
+    np.testing.assert_allclose(weights_of(mtl.cagrad(4, c=0.0), ROWS), 0.25, rtol=1e-6)
 
 
 def test_cagrad_of_all_groups_is_cagrad():
@@ -154,7 +174,7 @@ def test_cagrad_of_all_groups_is_cagrad():
 
 def test_sampled_cagrad_counts_every_task():
     """Of two groups: one task drawn at random, and the mean of all others."""
-    tx = mtl.cagrad(4, 0.5, num_sampled=2)
+    tx = mtl.cagrad(4, c=0.5, num_sampled=2)
     J = ROWS.astype(np.float64)
     rows = jnp.asarray(ROWS)
 
@@ -217,14 +237,36 @@ def test_cagrad_samples_two_at_least(wrong):
 # ----------------------------------------------------------------------- Krum, IMTL-G
 
 
-def test_krum_leaves_broken_workers_out():
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e8])
+def test_krum_chooses_among_honest_workers_as_if_there_were_no_others(size):
     rng = np.random.default_rng(1)
-    honest = 1 + 0.01 * rng.standard_normal((5, 6))
-    rows = np.concatenate([honest, 1e4 * rng.standard_normal((2, 6))])
-    tx = mtl.krum(7, num_selected=3, num_byzantine=2)
-    found = weights_of(tx, rows.astype(np.float32))
-    assert not found[5:].any()
-    np.testing.assert_allclose(found.sum(), 1, rtol=1e-6)
+    honest = (1 + 0.01 * rng.standard_normal((20, 6, 6))).astype(np.float32)
+    broken = size * rng.standard_normal((20, 1, 6)).astype(np.float32)
+    tx = mtl.krum(7, num_byzantine=1)
+
+    @laws.quick_jit
+    @jax.vmap
+    def weights(rows):
+        return tx.update(rows, tx.init(rows[0]))[1].info.task_weights
+
+    found = np.asarray(weights(np.concatenate([broken, honest], axis=1)))
+    for w, J in zip(found, honest.astype(np.float64), strict=True):
+        squares = np.sum((J[:, None] - J) ** 2, -1) + np.diag([np.inf] * 6)
+        assert w.argmax() == 1 + np.argmin(np.sort(squares, 1)[:, :4].sum(1))
+        assert w.max() == w.sum() == 1
+
+
+def test_krum_with_distances_or_their_squares():
+    """Neighbours at 3, 3 and at 1, 4.2: squares prefer the former, sums the latter."""
+    points = np.array([0, 3, -3, 10, 11, 15.2, 100])[:, None].astype(np.float32)
+    found = [
+        weights_of(mtl.krum(7, num_byzantine=3, squared=squared), points).argmax()
+        for squared in (True, False)
+    ]
+    gaps = np.abs(points - points.T) + np.diag([np.inf] * 7)
+    wanted = [np.argmin(np.sort(gaps**p, 1)[:, :2].sum(1)) for p in (2, 1)]
+    assert found == wanted
+    assert wanted[0] != wanted[1]
 
 
 def test_krum_sees_small_differences():
@@ -268,12 +310,27 @@ def test_imtl_g_is_never_uphill():
     assert np.all(products > 0)
 
 
+@pytest.mark.parametrize("length", [1.0, 3.0, 1e-3])
+def test_imtl_g_makes_nothing_of_opposite_gradients(length):
+    rng = np.random.default_rng(4)
+    row = rng.standard_normal((50, 1, 7))
+    rows = np.concatenate([row, -length * row], axis=1).astype(np.float32)
+    tx = mtl.imtl_g(2)
+
+    @laws.quick_jit
+    @jax.vmap
+    def update(rows):
+        return tx.update(rows, tx.init(rows[0]))[0]
+
+    assert np.abs(np.asarray(update(rows))).max() < 1e-5
+
+
 # ----------------------------------------------------------------------------- PIVRG
 
 
 def test_pivrg_with_equal_drops_is_fairgrad():
     found = weights_of(mtl.pivrg(4), ROWS, delta_m=np.full(4, 3.0, np.float32))
-    wanted = weights_of(mtl.fairgrad(4, 2.0), ROWS)
+    wanted = weights_of(mtl.fairgrad(4, alpha=2.0), ROWS)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
@@ -359,8 +416,62 @@ def test_citations():
         assert repr(text) == str(text)
         assert "title = {" in text
         assert "author = {" in text
-    with pytest.raises(KeyError, match="no method 'madg'"):
-        mtl.citation("madg")
+    with pytest.raises(KeyError, match="did you mean 'nash_mtl'"):
+        mtl.citation("NashMTL")
+
+
+# --------------------------------------------------------------- options and oracles
+
+# Every option at another value than its default: factory's, and the oracle's.
+OPTIONS = [
+    ("cagrad", {"c": 0.9}, {"c": 0.9}),
+    ("dualproj", {"preference": [4.0, 1, 2, 0.5]}, {"preference": [4.0, 1, 2, 0.5]}),
+    ("fairgrad", {"alpha": 3.0}, {"alpha": 3.0}),
+    ("gradvac", {"beta": 0.1}, {"beta": 0.1}),
+    ("imgrad", {"c": 0.3, "offset": 1.0}, {"c": 0.3, "offset": 1.0}),
+    ("krum", {"num_byzantine": 1}, {"broken": 1}),
+    ("nash_mtl", {"max_norm": 7.0}, {"max_norm": 7.0}),
+    ("nash_mtl", {"max_norm": 0.0}, {"max_norm": np.inf}),
+    ("pcd", {"tau": 0.3, "beta": 0.5}, {"tau": 0.3, "beta": 0.5}),
+    ("pcd", {"tau": 1.0, "eps": 9.0}, {"tau": 1.0, "eps": 9.0}),
+    ("pivrg", {"bound": 4.0}, {"bound": 4.0}),
+    ("pivrg", {"min_temperature": 90.0}, {"floor": 90.0}),
+    ("upgrad", {"preference": [4.0, 1, 2, 0.5]}, {"preference": [4.0, 1, 2, 0.5]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "oracles"),
+    OPTIONS,
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_options_do_what_the_formulas_say(name, options, oracles):
+    method = mtl.METHODS[name]
+    changed = method._replace(factory=functools.partial(method.factory, **options))
+    oracle = functools.partial(ORACLES[name], **oracles)
+    laws.check_oracle(changed, oracle, 4)
+    with pytest.raises(AssertionError):  # and not what the defaults say
+        laws.check_oracle(changed, ORACLES[name], 4)
+
+
+def test_mgda_spreads_a_loss_that_is_nan():
+    losses = jnp.array([jnp.nan, 1.0, 1.0, 1.0])
+    for normalization in ("loss", "loss+"):
+        tx = mtl.mgda(4, normalization=normalization)
+        assert np.isnan(weights_of(tx, ROWS, losses=losses)).any()
+
+
+def test_gradvac_does_not_explode_after_parallel_gradients():
+    tx = mtl.gradvac(2)
+    key = jax.random.key(0)
+    step = laws.quick_jit(lambda g, s: tx.update(g, s, key=key))
+    state = tx.init(jnp.zeros(2))
+    for _ in range(30):
+        _, state = step(jnp.array([[1.0, 0.0], [1.0, 0.0]]), state)
+    for angle in (1, 25, 90):
+        turned = [np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))]
+        update, _ = step(jnp.array([[1.0, 0.0], turned]), state)
+        assert np.linalg.norm(update) < 20
 
 
 # ------------------------------------------------------------- broken and low precision

@@ -127,7 +127,8 @@ def extras_of(name: str) -> Callable[[Key[Array, ""]], Mapping[str, Any]] | None
     """
     if name in ("priority_projection", CONTROL, PLAIN):
         return None
-    needed = set(mtl.METHODS[name].needs) & {"key", "strengths"}
+    given = {"gramian", "gramian_in_basis", "losses"}
+    needed = set(mtl.METHODS[name].needs) - given
     if not needed:
         return None
     if needed == {"key"}:

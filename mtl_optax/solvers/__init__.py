@@ -1,5 +1,6 @@
 """Exact small convex programs on Gramians, solved inside the graph."""
 
+from mtl_optax.solvers._averse import averse_weights
 from mtl_optax.solvers._central_direction import (
     CentralDirection,
     central_direction,
@@ -17,6 +18,7 @@ __all__ = [
     "CentralDirection",
     "SolverInfo",
     "UnitRows",
+    "averse_weights",
     "central_direction",
     "centred_rows",
     "dual_cone_projection",

@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_optax._arguments import check_choice, check_num_tasks, check_per_task
+from mtl_optax._arguments import check_choice, check_num_tasks
+from mtl_optax._solved import read_per_task, shares_of
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._tree import HIGHEST
 from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
@@ -36,8 +37,8 @@ def _common_value(values: Array, kept: Array, singular: Singular) -> Array:
 
 def aligned_mtl(
     num_tasks: int,
-    preference: Sequence[float] | Float[Array, " tasks"] | None = None,
     *,
+    preference: Sequence[float] | Float[Array, " tasks"] | None = None,
     singular: Singular = "min",
     scale: Scale = "paper",
     axis_name: Any = None,
@@ -56,8 +57,9 @@ def aligned_mtl(
 
     Args:
       num_tasks: T.
-      preference: ``[T]``, p, not negative, not all zero, taken as it is; one over the
-        number of present tasks by default.
+      preference: ``[T]``, p, in the order of the losses (a dict's keys are sorted); not
+        negative, not all zero, and taken as it is: ones step T times as far as the
+        default, one over the number of present tasks.
       singular: what the squared singular values become: the smallest, the (lower)
         median, or the mean of those that are not zero (``"rmse"``).
       scale: see `from_weighting`; ``"paper"`` with the default preference is the mean
@@ -66,8 +68,8 @@ def aligned_mtl(
 
     Returns:
       a `Combiner`. Losses are not needed. Singular values below rounding count as
-      zero: of parallel tasks only their common direction is left, opposite ones give
-      zero.
+      zero: of tasks on one line, parallel or opposite, the preferred combination itself
+      is left.
 
     Raises:
       ValueError: for an unknown `singular` or a preference that does not fit.
@@ -90,8 +92,7 @@ def aligned_mtl(
     """
     check_num_tasks(num_tasks)
     check_choice("singular", singular, get_args(Singular))
-    if preference is not None:
-        check_per_task("preference", preference, num_tasks)
+    preferred = read_per_task("preference", preference, num_tasks)
 
     def init(num_tasks: int, dtype: DType) -> tuple[()]:
         del num_tasks, dtype
@@ -105,11 +106,7 @@ def aligned_mtl(
         values, vectors, kept = graded_eigh(gramian)
         common = _common_value(values, kept, singular)
         factors = jnp.where(kept, jnp.sqrt(common / jnp.where(kept, values, 1)), 0)
-        wanted = task_mask.astype(dtype)
-        if preference is None:
-            wanted = wanted / jnp.maximum(jnp.sum(wanted), 1)
-        else:
-            wanted = wanted * jnp.asarray(preference, dtype)
+        wanted = shares_of(preferred, task_mask, dtype)
         along = factors * jnp.matmul(wanted, vectors, precision=HIGHEST)
         return jnp.matmul(vectors, along, precision=HIGHEST), state
 

@@ -9,30 +9,19 @@ al. 2021, arXiv:2110.14048, algorithm 1; sub-sampling, section 3.3).
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from mtl_optax._arguments import check_count, check_nonnegative, check_num_tasks
 from mtl_optax._random import uniform_by_task
+from mtl_optax._solved import SolvedState, init_solved, shares_of, solved
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._tree import HIGHEST
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
-from mtl_optax.solvers import simplex_norm
-
-
-class CagradInfo(NamedTuple):
-    """What to look at: how well the weights solve their problem."""
-
-    solver_residual: Float[Array, ""]
-
-
-class CagradState(NamedTuple):
-    """Nothing is needed at the next step."""
-
-    info: CagradInfo
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
+from mtl_optax.solvers import averse_weights
 
 
 def _sampled(key: jax.Array, task_mask: TaskMask, number: int) -> Array:
@@ -48,8 +37,8 @@ def _sampled(key: jax.Array, task_mask: TaskMask, number: int) -> Array:
 
 def cagrad(
     num_tasks: int,
-    c: float | jax.Array = 0.4,
     *,
+    c: float | jax.Array = 0.4,
     num_sampled: int | None = None,
     scale: Scale = "paper",
     axis_name: Any = None,
@@ -74,7 +63,7 @@ def cagrad(
       num_sampled: n; only ``n - 1`` tasks drawn at random at every step stand for
         themselves, the rest for their mean (the paper's CAGrad-Fast). A lazy tree then
         costs n backward passes for the Gramian, not T. ``update`` needs ``key=``, a
-        fresh `jax.random.key` at every step.
+        fresh `jax.random.key` at every step. With n of T and more it is plain CAGrad.
       scale: see `from_weighting`; ``"paper"`` is the formula above. (The authors' code
         divides it by ``1 + c**2``, and multiplies by T.)
       axis_name: see `from_weighting`.
@@ -82,9 +71,10 @@ def cagrad(
     Returns:
       a `Combiner`; ``solver_residual`` in its state is the relative KKT residual.
       Losses are not needed. A task whose gradient is zero counts in the mean, but is
-      not "the worst task": it does not hold the others up. Parallel tasks are as one,
-      the shortest. Where a convex combination of the gradients vanishes (two opposite
-      ones) no direction helps all; the update is then the mean gradient.
+      not "the worst task": it does not hold the others up. Of parallel tasks the
+      shortest counts as the worst. Of two opposite ones the one that the mean goes
+      against is spared; where a combination of the gradients that vanishes is the best
+      there is (c above 1), the update is the mean gradient.
 
     Raises:
       ValueError: if c is concrete and negative, or ``num_sampled`` is below 2.
@@ -105,57 +95,44 @@ def cagrad(
     Differs from the authors' code: the minimum is exact; sub-sampling counts every
     task (theirs leaves one out at every step); the length, see `scale`.
     """
-    check_nonnegative("c", c)
     check_num_tasks(num_tasks)
+    check_nonnegative("c", c)
     if num_sampled is not None:
         check_count("num_sampled", num_sampled, least=2)
 
-    def init(num_tasks: int, dtype: DType) -> CagradState:
-        del num_tasks
-        return CagradState(CagradInfo(jnp.zeros((), dtype)))
-
-    def directions(
-        gramian: Gramian, shares: Array, active: TaskMask
-    ) -> tuple[Array, CagradState]:
-        """Weights of the rows of `gramian`, whose mean gradient has these `shares`."""
-        dtype = gramian.dtype
-        shares = shares.astype(dtype)
-        along = jnp.matmul(gramian, shares, precision=HIGHEST)
-        length = jnp.sqrt(jnp.maximum(jnp.sum(shares * along), 0))
-        radius = jnp.asarray(c, dtype) * length
-        active = active & ~(jnp.diag(gramian) == 0)
-        w, shortest, solved = simplex_norm(gramian, along, radius, task_mask=active)
-        step = jnp.where(shortest > 0, radius / jnp.where(shortest > 0, shortest, 1), 0)
-        return shares + step * w, CagradState(CagradInfo(solved.residual))
-
     def update(
-        gramian: Gramian, state: CagradState, *, task_mask: TaskMask, **extra: Any
-    ) -> tuple[Weights, CagradState]:
+        gramian: Gramian, state: SolvedState, *, task_mask: TaskMask, **extra: Any
+    ) -> tuple[Weights, SolvedState]:
         del state, extra
-        present = task_mask.astype(gramian.dtype)
-        shares = present / jnp.maximum(jnp.sum(present), 1)
-        return directions(gramian, shares, task_mask)
+        shares = shares_of(None, task_mask, gramian.dtype)
+        radius = jnp.asarray(c, gramian.dtype)
+        weights, info = averse_weights(gramian, shares, radius, task_mask)
+        return weights, solved(info.residual)
 
     def update_sampled(
         gramian: None,
-        state: CagradState,
+        state: SolvedState,
         *,
         gramian_in_basis: Callable[[Array], Array],
         task_mask: TaskMask,
         key: jax.Array,
         **extra: Any,
-    ) -> tuple[Weights, CagradState]:
+    ) -> tuple[Weights, SolvedState]:
         del gramian, state, extra
         assert num_sampled is not None
         basis = _sampled(key, task_mask, num_sampled)
-        members = jnp.sum((basis > 0).astype(basis.dtype), axis=1)
-        shares = members / jnp.maximum(jnp.sum(task_mask.astype(basis.dtype)), 1)
-        weights, new = directions(gramian_in_basis(basis), shares, members > 0)
-        return jnp.matmul(weights, basis.astype(weights.dtype), precision=HIGHEST), new
+        groups = gramian_in_basis(basis)
+        dtype = groups.dtype
+        members = jnp.sum((basis > 0).astype(dtype), axis=1)
+        shares = members / jnp.maximum(jnp.sum(task_mask.astype(dtype)), 1)
+        radius = jnp.asarray(c, dtype)
+        weights, info = averse_weights(groups, shares, radius, members > 0)
+        weights = jnp.matmul(weights, basis.astype(dtype), precision=HIGHEST)
+        return weights, solved(info.residual)
 
     if num_sampled is None or num_sampled > num_tasks:
-        weighting = Weighting(init, update, frozenset({"gramian"}))
+        weighting = Weighting(init_solved, update, frozenset({"gramian"}))
     else:
         needs = frozenset({"gramian_in_basis", "key"})
-        weighting = Weighting(init, update_sampled, needs)
+        weighting = Weighting(init_solved, update_sampled, needs)
     return from_weighting(weighting, num_tasks, scale=scale, axis_name=axis_name)

@@ -11,15 +11,16 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_optax._arguments import check_num_tasks, check_per_task
+from mtl_optax._arguments import check_num_tasks
+from mtl_optax._solved import read_per_task
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._types import DType, TaskMask, Weighting, Weights
 
 
 def constant_weights(
     num_tasks: int,
-    weights: Sequence[float] | Float[Array, " tasks"] | None = None,
     *,
+    weights: Sequence[float] | Float[Array, " tasks"] | None = None,
     scale: Scale = "paper",
 ) -> Combiner:
     r"""A fixed weight for every task.
@@ -56,8 +57,7 @@ def constant_weights(
       Learning <https://arxiv.org/abs/2201.04122>`_, 2022.
     """
     check_num_tasks(num_tasks)
-    if weights is not None:
-        check_per_task("weights", weights, num_tasks)
+    given = read_per_task("weights", weights, num_tasks)
 
     def init(num_tasks: int, dtype: DType) -> tuple[()]:
         del num_tasks, dtype
@@ -68,6 +68,6 @@ def constant_weights(
     ) -> tuple[Weights, tuple[()]]:
         del gramian, extra
         present = task_mask.astype(float)  # float64 where that is enabled
-        return present if weights is None else present * jnp.asarray(weights), state
+        return present if given is None else present * jnp.asarray(given), state
 
     return from_weighting(Weighting(init, update, frozenset()), num_tasks, scale=scale)

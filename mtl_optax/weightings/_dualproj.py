@@ -7,33 +7,27 @@ Ranzato 2017, arXiv:1706.08840, equations 7-11; named so by Quinton & Rey 2024).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_optax._arguments import check_num_tasks, check_per_task
+from mtl_optax._arguments import check_num_tasks
+from mtl_optax._solved import (
+    SolvedState,
+    init_solved,
+    read_per_task,
+    shares_of,
+    solved,
+)
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import dual_cone_projection
-
-
-class DualprojInfo(NamedTuple):
-    """What to look at: how well the weights solve their problem."""
-
-    solver_residual: Float[Array, ""]
-
-
-class DualprojState(NamedTuple):
-    """Nothing is needed at the next step."""
-
-    info: DualprojInfo
 
 
 def dualproj(
     num_tasks: int,
-    preference: Sequence[float] | Float[Array, " tasks"] | None = None,
     *,
+    preference: Sequence[float] | Float[Array, " tasks"] | None = None,
     scale: Scale = "paper",
     axis_name: Any = None,
 ) -> Combiner:
@@ -48,8 +42,9 @@ def dualproj(
 
     Args:
       num_tasks: T.
-      preference: ``[T]``, p, not negative, not all zero, taken as it is; one over the
-        number of present tasks by default.
+      preference: ``[T]``, p, in the order of the losses (a dict's keys are sorted); not
+        negative, not all zero, and taken as it is: ones step T times as far as the
+        default, one over the number of present tasks.
       scale: see `from_weighting`; ``"paper"`` is the projected mean.
       axis_name: see `from_weighting`.
 
@@ -77,27 +72,18 @@ def dualproj(
     margin and regularises the Gramian).
     """
     check_num_tasks(num_tasks)
-    if preference is not None:
-        check_per_task("preference", preference, num_tasks)
-
-    def init(num_tasks: int, dtype: DType) -> DualprojState:
-        del num_tasks
-        return DualprojState(DualprojInfo(jnp.zeros((), dtype)))
+    preferred = read_per_task("preference", preference, num_tasks)
 
     def update(
-        gramian: Gramian, state: DualprojState, *, task_mask: TaskMask, **extra: Any
-    ) -> tuple[Weights, DualprojState]:
+        gramian: Gramian, state: SolvedState, *, task_mask: TaskMask, **extra: Any
+    ) -> tuple[Weights, SolvedState]:
         del state, extra
-        present = task_mask.astype(gramian.dtype)
-        if preference is None:
-            wanted = present / jnp.maximum(jnp.sum(present), 1)
-        else:
-            wanted = present * jnp.asarray(preference, gramian.dtype)
-        weights, solved = dual_cone_projection(gramian, wanted, task_mask=task_mask)
-        return weights, DualprojState(DualprojInfo(solved.residual))
+        wanted = shares_of(preferred, task_mask, gramian.dtype)
+        weights, info = dual_cone_projection(gramian, wanted, task_mask=task_mask)
+        return weights, solved(info.residual)
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian"})),
+        Weighting(init_solved, update, frozenset({"gramian"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

@@ -9,26 +9,14 @@ it leans on (Katrutsa et al. 2020, arXiv:2007.06937).
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from mtl_optax._solved import SolvedState, init_solved, solved
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import central_direction
-
-
-class EdmInfo(NamedTuple):
-    """What to look at: how well the weights solve their problem."""
-
-    solver_residual: Float[Array, ""]
-
-
-class EdmState(NamedTuple):
-    """Nothing is needed at the next step."""
-
-    info: EdmInfo
 
 
 def edm(num_tasks: int, *, scale: Scale = "paper", axis_name: Any = None) -> Combiner:
@@ -72,24 +60,20 @@ def edm(num_tasks: int, *, scale: Scale = "paper", axis_name: Any = None) -> Com
     early), a zero gradient does not crash, and two parallel gradients count alike.
     """
 
-    def init(num_tasks: int, dtype: DType) -> EdmState:
-        del num_tasks
-        return EdmState(EdmInfo(jnp.zeros((), dtype)))
-
     def update(
         gramian: Gramian,
-        state: EdmState,
+        state: SolvedState,
         *,
         gramian_in_basis: Callable[[Array], Array],
         task_mask: TaskMask,
         **extra: Any,
-    ) -> tuple[Weights, EdmState]:
+    ) -> tuple[Weights, SolvedState]:
         del state, extra
         found = central_direction(gramian, gramian_in_basis, task_mask)
-        return found.weights, EdmState(EdmInfo(found.residual))
+        return found.weights, solved(found.residual)
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian", "gramian_in_basis"})),
+        Weighting(init_solved, update, frozenset({"gramian", "gramian_in_basis"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

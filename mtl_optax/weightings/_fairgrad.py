@@ -7,34 +7,21 @@ arXiv:2402.15638, equations 5-7).
     u = J^T x,   G x = x^(-1 / alpha),   x > 0
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from mtl_optax._arguments import check_positive
+from mtl_optax._arguments import check_num_tasks, check_positive
+from mtl_optax._solved import SolvedState, init_solved, solved
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import positive_root
-
-
-class FairgradInfo(NamedTuple):
-    """What to look at: how well the weights solve their equation."""
-
-    solver_residual: Float[Array, ""]
-
-
-class FairgradState(NamedTuple):
-    """Nothing is needed at the next step."""
-
-    info: FairgradInfo
 
 
 def fairgrad(
     num_tasks: int,
-    alpha: float | jax.Array = 1.0,
     *,
+    alpha: float | jax.Array = 1.0,
     scale: Scale = "paper",
     axis_name: Any = None,
 ) -> Combiner:
@@ -45,10 +32,10 @@ def fairgrad(
     Every task's loss falls along it: by ``x_t^(-1/alpha)``, to first order. ``alpha``
     goes from the plain mean (towards 0) over proportional fairness (1: the bargaining
     solution of `nash_mtl`, which does not depend on the scale of single losses) to
-    attention for the worst-off task alone (infinity); the paper tries 1 to 10. Use it
-    for tasks of different scale. It does not slow down near a Pareto-stationary point:
-    for alpha = 1 the update is as long as the square root of T everywhere, so let an
-    optimiser that takes the length away follow, or use ``scale="norm"``.
+    attention for the worst-off task alone (infinity). The solver is made for 0.2 to 10.
+    Use it for tasks of different scale. It does not slow down near a Pareto-stationary
+    point: for alpha = 1 the update is as long as the square root of T everywhere, so
+    let an optimiser that takes the length away follow, or use ``scale="norm"``.
 
     Args:
       num_tasks: T.
@@ -60,8 +47,9 @@ def fairgrad(
     Returns:
       a `Combiner`; ``solver_residual`` in its state is the relative residual of the
       equation. Losses are not needed. A task whose gradient is zero counts as absent
-      for that step. Parallel tasks share; at a Pareto-stationary point (two opposite
-      gradients) there is no root, and the update is zero up to rounding.
+      for that step. Parallel tasks share. Where gradients cancel (two opposite ones)
+      there is no root; what cancels then adds up to zero, to rounding, and the update
+      serves the tasks that are left, if any.
 
     Raises:
       ValueError: if alpha is concrete and not positive.
@@ -82,21 +70,18 @@ def fairgrad(
     rounding; theirs calls a least-squares solver on the host, which gives up on small
     gradients.
     """
+    check_num_tasks(num_tasks)
     check_positive("alpha", alpha)
 
-    def init(num_tasks: int, dtype: DType) -> FairgradState:
-        del num_tasks
-        return FairgradState(FairgradInfo(jnp.zeros((), dtype)))
-
     def update(
-        gramian: Gramian, state: FairgradState, *, task_mask: TaskMask, **extra: Any
-    ) -> tuple[Weights, FairgradState]:
+        gramian: Gramian, state: SolvedState, *, task_mask: TaskMask, **extra: Any
+    ) -> tuple[Weights, SolvedState]:
         del state, extra
-        weights, solved = positive_root(gramian, alpha, task_mask=task_mask)
-        return weights, FairgradState(FairgradInfo(solved.residual))
+        weights, info = positive_root(gramian, alpha, task_mask=task_mask)
+        return weights, solved(info.residual)
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian"})),
+        Weighting(init_solved, update, frozenset({"gramian"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mtl_optax._arguments import check_choice, check_nonnegative
+from mtl_optax._arguments import check_choice, check_nonnegative, check_num_tasks
 from mtl_optax._per_group import leaf_labels, module_labels, per_group
 from mtl_optax._random import orders_by_task
 from mtl_optax._transform import Combiner, Scale, from_weighting
@@ -26,6 +26,11 @@ from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import UnitRows, unit_rows
 
 Group: TypeAlias = Literal["whole", "layer", "leaf"]
+
+
+# Above it the formula has a pole: a pair that was parallel for long and then is not
+# would be lifted by any multiple of its length.
+_LARGEST_TARGET = 0.99
 
 
 class GradvacState(NamedTuple):
@@ -44,6 +49,8 @@ def _vaccinate_in_turn(
     size, dtype = rows.norms.shape[0], rows.norms.dtype
     own = jnp.arange(size)
     tiny = jnp.finfo(dtype).tiny
+    # In `jax.shard_map` what a loop carries must vary as the problem does.
+    targets = targets + jnp.zeros_like(rows.cosines)
 
     def turn(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         lifted, targets = carry
@@ -55,13 +62,14 @@ def _vaccinate_in_turn(
         )
         lengths = jnp.sqrt(jnp.maximum(squares, 0))
         cosine = jnp.clip(along / jnp.maximum(lengths, tiny), -1, 1)
-        target = targets[own, other]
-        missing = jnp.sqrt(jnp.maximum(1 - target**2, jnp.finfo(dtype).eps))
+        usual = targets[own, other]
+        target = jnp.minimum(usual, _LARGEST_TARGET)
+        missing = jnp.sqrt(1 - target**2)
         lift = target * jnp.sqrt(1 - cosine**2) - cosine * missing
         lift = jnp.where(valid & (cosine < target), lengths * lift / missing, 0)
         # A gradient that is not finite leaves no trace in the targets.
         known = valid & jnp.isfinite(cosine)
-        seen = jnp.where(known, beta * (cosine - target), 0)
+        seen = jnp.where(known, beta * (cosine - usual), 0)
         return lifted.at[own, other].add(lift), targets.at[own, other].add(seen)
 
     return lax.fori_loop(0, size, turn, (jnp.diag(rows.norms), targets))
@@ -69,8 +77,8 @@ def _vaccinate_in_turn(
 
 def gradvac(
     num_tasks: int,
-    beta: float | jax.Array = 0.5,
     *,
+    beta: float | jax.Array = 0.5,
     group: Group = "whole",
     scale: Scale = "paper",
     axis_name: Any = None,
@@ -92,8 +100,9 @@ def gradvac(
       beta: how fast the targets follow, in [0, 1]; may be traced. 0.5 in TorchJD and
         LibMTL; 0 keeps the targets at zero.
       group: one combination of everything, or one a layer or a leaf, each with targets
-        of its own. A layer is what shares the last module of its path. The last two
-        store the whole Jacobian.
+        of its own. A layer is all leaves whose path is the same but for its last name
+        (top-level arrays are one layer together). The last two store the whole
+        Jacobian, and their state holds a `CombinerState` a group.
       scale: see `from_weighting`; ``"paper"`` sums the turned gradients.
       axis_name: see `from_weighting`.
 
@@ -121,9 +130,11 @@ def gradvac(
       Optimization in Massively Multilingual Models
       <https://arxiv.org/abs/2010.05874>`_, ICLR 2021.
 
-    Differs from the authors' code (TorchJD's and LibMTL's are followed): no absolute
-    epsilon, so that small gradients are treated as large ones are.
+    Differs from TorchJD's and LibMTL's code, which it follows else: no absolute
+    epsilon, so that small gradients are treated as large ones are; and no pair is
+    turned to a cosine above 0.99, where the formula grows without bound.
     """
+    check_num_tasks(num_tasks)
     check_nonnegative("beta", beta, at_most=1)
     check_choice("group", group, get_args(Group))
 

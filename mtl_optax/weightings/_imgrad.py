@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_optax._arguments import check_nonnegative
+from mtl_optax._arguments import check_nonnegative, check_num_tasks
+from mtl_optax._solved import shares_of
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._tree import HIGHEST
 from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
-from mtl_optax.solvers import min_norm_point, simplex_norm
+from mtl_optax.solvers import averse_weights, min_norm_point
 
 
 class ImgradInfo(NamedTuple):
@@ -42,8 +43,8 @@ class ImgradState(NamedTuple):
 
 def imgrad(
     num_tasks: int,
-    c: float | jax.Array = 0.8,
     *,
+    c: float | jax.Array = 0.8,
     offset: float | jax.Array = 1.5,
     scale: Scale = "paper",
     axis_name: Any = None,
@@ -72,9 +73,9 @@ def imgrad(
 
     Returns:
       a `Combiner`; its state shows ``solver_residual`` and ``imbalance_cosine``. Losses
-      are not needed. A task whose gradient is zero counts in the mean only. Parallel
-      tasks are as one, the shortest. Where a convex combination of the gradients
-      vanishes the update leans on the worst task alone.
+      are not needed. A task whose gradient is zero counts in the mean only. Of parallel
+      tasks the shortest counts as the worst. Where a convex combination of the
+      gradients vanishes the update leans on the worst task alone.
 
     Raises:
       ValueError: if c or offset is concrete and negative.
@@ -94,6 +95,7 @@ def imgrad(
     Differs from the authors' code: both problems are solved exactly. The paper prints
     the norm of the second term squared; the code, and this, do not square it.
     """
+    check_num_tasks(num_tasks)
     check_nonnegative("c", c)
     check_nonnegative("offset", offset)
 
@@ -106,29 +108,26 @@ def imgrad(
     ) -> tuple[Weights, ImgradState]:
         del state, extra
         dtype = gramian.dtype
-        present = task_mask.astype(dtype)
-        shares = present / jnp.maximum(jnp.sum(present), 1)
+        shares = shares_of(None, task_mask, dtype)
         active = task_mask & ~(jnp.diag(gramian) == 0)
-        along = jnp.matmul(gramian, shares, precision=HIGHEST)
-        length = jnp.sqrt(jnp.maximum(jnp.sum(shares * along), 0))
-
         m, nearest = min_norm_point(gramian, task_mask=active)
-        point = jnp.matmul(gramian, m, precision=HIGHEST)
-        shortest = jnp.sqrt(jnp.maximum(jnp.sum(m * point), 0))
-        size = length * shortest
-        cosine = jnp.sum(m * along) / jnp.where(size > 0, size, 1)
+        towards = jnp.matmul(gramian, m, precision=HIGHEST)
+        mean = jnp.matmul(gramian, shares, precision=HIGHEST)
+        # Square roots first: a product of squares would underflow.
+        size = jnp.sqrt(jnp.maximum(jnp.sum(shares * mean), 0))
+        size = size * jnp.sqrt(jnp.maximum(jnp.sum(m * towards), 0))
+        cosine = jnp.sum(m * mean) / jnp.where(size > 0, size, 1)
         cosine = jnp.where(size > 0, jnp.clip(cosine, 0, 1), 0)
-
-        radius = jnp.asarray(c, dtype) * length
-        w, reached, solved = simplex_norm(
+        weights, info = averse_weights(
             gramian,
-            (jnp.asarray(offset, dtype) - cosine) * along,
-            cosine * radius,
-            task_mask=active,
+            shares,
+            jnp.asarray(c, dtype),
+            task_mask,
+            linear_factor=jnp.asarray(offset, dtype) - cosine,
+            norm_factor=cosine,
         )
-        step = jnp.where(reached > 0, radius / jnp.where(reached > 0, reached, 1), 0)
-        residual = jnp.maximum(nearest.residual, solved.residual)
-        return shares + step * w, ImgradState(ImgradInfo(residual, cosine))
+        residual = jnp.maximum(nearest.residual, info.residual)
+        return weights, ImgradState(ImgradInfo(residual, cosine))
 
     return from_weighting(
         Weighting(init, update, frozenset({"gramian"})),

@@ -17,8 +17,8 @@ from mtl_optax._tree import HIGHEST
 from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import UnitRows, graded_eigh, unit_rows
 
-# Of the sum of the weights' sizes: what the weights' sum is divided by at least.
-_SMALLEST_SUM = 1e-3
+# Of the sum of the weights' sizes: what the weights are divided by at least.
+_SMALLEST_SUM = 1e-2
 # Of two rows' lengths, where a choice among dependent rows depends on them.
 _LEAST_RATIO = 1e-3
 
@@ -35,7 +35,9 @@ def _equal_projections(rows: UnitRows) -> Array:
     cutoff = 4 * size * jnp.finfo(dtype).eps
     kept = values > cutoff * jnp.max(values)
     along = jnp.matmul(active, vectors, precision=HIGHEST)
-    along = jnp.where(kept, along / jnp.where(kept, values, 1), 0)
+    # Of opposite rows it is rounding only, and must not become a direction.
+    kept_along = kept & (jnp.abs(along) > cutoff * jnp.sqrt(jnp.sum(active)))
+    along = jnp.where(kept_along, along / jnp.where(kept, values, 1), 0)
     y = jnp.matmul(vectors, along, precision=HIGHEST)
 
     shortest = jnp.min(rows.norms, where=rows.active, initial=jnp.inf)
@@ -72,13 +74,14 @@ def imtl_g(
 
     Args:
       num_tasks: T.
-      scale: see `from_weighting`; here ``"paper"`` and ``"mean"`` are the same.
+      scale: see `from_weighting`; here ``"paper"`` and ``"mean"`` are the same, but for
+        what is said below.
       axis_name: see `from_weighting`.
 
     Returns:
       a `Combiner`. Losses are not needed. A task whose gradient is zero counts as
       absent for that step. Parallel gradients share the weight in proportion to their
-      lengths; exactly opposite ones give zero.
+      lengths; of two opposite ones nothing is left.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,10 +95,11 @@ def imtl_g(
       Liu et al., `Towards Impartial Multi-task Learning
       <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021.
 
-    Differs from the authors' code: dependent rows do not crash; where the weights'
-    sum is negative, which turns the closed form uphill for *every* task, the sign is
-    turned; where it is below a thousandth of the sum of their sizes, it is taken as
-    that, so that the update does not grow without bound.
+    Differs from the authors' code: dependent rows do not crash. Where the closed form's
+    weights, which sum to one, point uphill for *every* task, their sign is turned: they
+    then sum to minus one, and ``scale="mean"`` and ``"sum"`` leave them so. And they
+    are kept from growing without bound where they nearly cancel: the sum of their sizes
+    is at most a hundred.
     """
 
     def init(num_tasks: int, dtype: DType) -> tuple[()]:

@@ -10,20 +10,30 @@ Made for distributed learning with broken workers; here tasks vote (Blanchard et
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from mtl_optax._arguments import check_count, check_num_tasks
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, TaskMask, Weighting, Weights
-from mtl_optax.solvers import centred_rows
+from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
 
 
-def _square_distances(centred: Array) -> Array:
-    """``|g_i - g_j|^2`` of the Gramian of differences from the mean."""
-    squares = jnp.diag(centred)
-    between = (centred + centred.T) / 2
+def _square_distances(gramian: Array) -> Array:
+    """``|g_i - g_j|^2``, of the Gramian of rows or of their differences from one."""
+    squares = jnp.diag(gramian)
+    between = (gramian + gramian.T) / 2
     return jnp.maximum(squares[:, None] + squares[None, :] - 2 * between, 0)
+
+
+def _most_central(distances: Array, others: Array) -> Array:
+    """The task whose middle neighbour is nearest: no outlier, if they are the fewer."""
+    near = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
+    count = jnp.sum(others.astype(jnp.int32), axis=1)
+    middle = jnp.take_along_axis(
+        near, (jnp.maximum(count - 1, 0) // 2)[:, None], axis=1
+    )
+    return jnp.argmin(jnp.where(count > 0, middle[:, 0], jnp.inf))
 
 
 def krum(
@@ -57,6 +67,8 @@ def krum(
     Returns:
       a `Combiner`. Losses are not needed. Ties go to the first task; with fewer than
       four present tasks a lone neighbour is counted. Parallel tasks are as any others.
+      It takes two Gramians, the second of differences from the most central task. A
+      worker that sends NaN or infinity: wrap it in `skip_nonfinite_tasks`.
 
     Raises:
       ValueError: if ``num_selected`` exceeds T, or T is too small.
@@ -89,34 +101,40 @@ def krum(
         return ()
 
     def update(
-        gramian: None,
+        gramian: Gramian,
         state: tuple[()],
         *,
         gramian_in_basis: Callable[[Array], Array],
         task_mask: TaskMask,
         **extra: Any,
     ) -> tuple[Weights, tuple[()]]:
-        del gramian, extra
-        present = task_mask.astype(float)  # float64 where that is enabled
-        count = jnp.sum(present)
-        # Distances of nearly equal gradients would be lost in a Gramian of the rows.
-        basis = centred_rows(task_mask, present / jnp.maximum(count, 1))
-        distances = _square_distances(gramian_in_basis(basis))
+        del extra
+        dtype = gramian.dtype
+        diagonal = jnp.eye(num_tasks, dtype=bool)
+        others = task_mask[:, None] & task_mask & ~diagonal
+        # In float32 a Gramian of the rows has lost the distances of nearly equal ones,
+        # and one of differences from the mean loses them where one row is far away.
+        origin = _most_central(_square_distances(gramian), others)
+        basis = diagonal.astype(dtype) - jax.nn.one_hot(origin, num_tasks, dtype=dtype)
+        basis = jnp.where(task_mask[:, None], basis, jnp.zeros((), dtype))
+        distances = _square_distances(gramian_in_basis(basis).astype(dtype))
         distances = distances if squared else jnp.sqrt(distances)
-        others = task_mask[:, None] & task_mask & ~jnp.eye(num_tasks, dtype=bool)
         nearest = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
-        neighbours = jnp.clip(count - num_byzantine - 2, 1, jnp.maximum(count - 1, 1))
+        count = jnp.sum(task_mask.astype(jnp.int32))
+        least = jnp.minimum(count - 1, 1)
+        neighbours = jnp.clip(count - num_byzantine - 2, least, num_tasks)
         counted = jnp.arange(num_tasks) < neighbours
-        alone = count < 2
-        scores = jnp.sum(jnp.where(counted & ~alone, nearest, 0), axis=1)
+        scores = jnp.sum(jnp.where(counted, nearest, jnp.zeros((), dtype)), axis=1)
         places = jnp.argsort(jnp.argsort(jnp.where(task_mask, scores, jnp.inf)))
-        chosen = jnp.minimum(jnp.asarray(num_selected, count.dtype), count)
-        weights = jnp.where(places < chosen, 1 / jnp.maximum(chosen, 1), 0)
-        sound = jnp.all(jnp.isfinite(jnp.where(others, distances, 0)))
+        chosen = jnp.clip(count, 1, num_selected)
+        weights = (places < chosen).astype(dtype) / chosen.astype(dtype)
+        sound = jnp.all(
+            jnp.isfinite(jnp.where(others, distances, jnp.zeros((), dtype)))
+        )
         return jnp.where(sound, weights, jnp.nan), state
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian_in_basis"})),
+        Weighting(init, update, frozenset({"gramian", "gramian_in_basis"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

@@ -7,14 +7,14 @@ The shortest vector in the convex hull of the task gradients
     n_t = 1, |g_t|, L_t or L_t |g_t|
 """
 
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from mtl_optax._arguments import check_choice
+from mtl_optax._solved import SolvedState, init_solved, solved
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, Losses, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, Losses, TaskMask, Weighting, Weights
 from mtl_optax.solvers import min_norm_point, unit_rows
 
 Normalization: TypeAlias = Literal["none", "l2", "loss", "loss+"]
@@ -22,18 +22,6 @@ Normalization: TypeAlias = Literal["none", "l2", "loss", "loss+"]
 
 # Of two losses: beyond it they count as this far apart.
 _LEAST_RATIO = 1e-7
-
-
-class MgdaInfo(NamedTuple):
-    """What to look at: how well the weights solve their problem."""
-
-    solver_residual: Float[Array, ""]
-
-
-class MgdaState(NamedTuple):
-    """Nothing is needed at the next step."""
-
-    info: MgdaInfo
 
 
 def _normalized(
@@ -45,9 +33,10 @@ def _normalized(
     if normalization == "l2":
         return products
     sizes = jnp.abs(losses)
-    # A loss of zero counts as the smallest that is not.
-    smallest = jnp.min(sizes, where=mask & (sizes > 0), initial=jnp.inf)
-    inverse = jnp.where(sizes > 0, smallest / jnp.where(sizes > 0, sizes, 1), 1)
+    # A loss of zero counts as the smallest that is not; a NaN stays one.
+    zero = sizes == 0
+    smallest = jnp.min(sizes, where=mask & ~zero, initial=jnp.inf)
+    inverse = jnp.where(zero, 1, smallest / jnp.where(zero, 1, sizes))
     inverse = jnp.clip(inverse, _LEAST_RATIO, 1)  # its square must not vanish
     return products * inverse[:, None] * inverse[None, :]
 
@@ -108,26 +97,22 @@ def mgda(
     check_choice("normalization", normalization, get_args(Normalization))
     needs = {"gramian", "losses"} if "loss" in normalization else {"gramian"}
 
-    def init(num_tasks: int, dtype: DType) -> MgdaState:
-        del num_tasks
-        return MgdaState(MgdaInfo(jnp.zeros((), dtype)))
-
     def update(
         gramian: Gramian,
-        state: MgdaState,
+        state: SolvedState,
         *,
         losses: Losses,
         task_mask: TaskMask,
         **extra: Any,
-    ) -> tuple[Weights, MgdaState]:
+    ) -> tuple[Weights, SolvedState]:
         del state, extra
         if normalization != "none":
             gramian = _normalized(gramian, losses, task_mask, normalization)
-        weights, solved = min_norm_point(gramian, task_mask=task_mask)
-        return weights, MgdaState(MgdaInfo(solved.residual))
+        weights, info = min_norm_point(gramian, task_mask=task_mask)
+        return weights, solved(info.residual)
 
     return from_weighting(
-        Weighting(init, update, frozenset(needs)),
+        Weighting(init_solved, update, frozenset(needs)),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

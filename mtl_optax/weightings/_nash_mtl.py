@@ -6,28 +6,16 @@ arXiv:2202.01017, claim 3.1).
     max_d sum_t log <g_t, d>  over a ball   =>   u = J^T a,   G a = 1 / a,   a > 0
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from mtl_optax._arguments import check_nonnegative
+from mtl_optax._arguments import check_nonnegative, check_num_tasks
+from mtl_optax._solved import SolvedState, init_solved, solved
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import positive_root
-
-
-class NashMtlInfo(NamedTuple):
-    """What to look at: how well the weights solve their equation."""
-
-    solver_residual: Float[Array, ""]
-
-
-class NashMtlState(NamedTuple):
-    """Nothing is needed at the next step."""
-
-    info: NashMtlInfo
 
 
 def nash_mtl(
@@ -50,8 +38,9 @@ def nash_mtl(
 
     Args:
       num_tasks: T.
-      max_norm: the update's largest length, as in the authors' code; 0 for no limit.
-        Their default.
+      max_norm: the update's largest length, up to the Gramian's rounding; 0 for no
+        limit. 1 in the authors' code, so that updates mostly have length 1. It acts
+        under ``scale="paper"`` only: the others set a length of their own.
       scale: see `from_weighting`; ``"paper"`` solves for the Gramian divided by its
         Frobenius norm F, as the authors' code does, so the update before the limit is
         as long as ``sqrt(F * T)``, the order of the gradients.
@@ -60,8 +49,9 @@ def nash_mtl(
     Returns:
       a `Combiner`; ``solver_residual`` in its state is the relative residual of the
       equation. Losses are not needed. A task whose gradient is zero counts as absent
-      for that step. Parallel tasks share; at a Pareto-stationary point (two opposite
-      gradients) there is no bargain, and the update is zero up to rounding.
+      for that step. Parallel tasks share. Where gradients cancel (two opposite ones)
+      there is no bargain; what cancels then adds up to zero, to rounding, and the
+      update serves the tasks that are left, if any.
 
     Raises:
       ValueError: if max_norm is concrete and negative.
@@ -82,18 +72,15 @@ def nash_mtl(
     rounding. Theirs runs 20 rounds of a convex solver on the host and keeps the last
     weights when that fails.
     """
-    check_nonnegative("max_norm", max_norm)
-
-    def init(num_tasks: int, dtype: DType) -> NashMtlState:
-        del num_tasks
-        return NashMtlState(NashMtlInfo(jnp.zeros((), dtype)))
+    check_num_tasks(num_tasks)
+    check_nonnegative("max_norm", max_norm, finite=False)
 
     def update(
-        gramian: Gramian, state: NashMtlState, *, task_mask: TaskMask, **extra: Any
-    ) -> tuple[Weights, NashMtlState]:
+        gramian: Gramian, state: SolvedState, *, task_mask: TaskMask, **extra: Any
+    ) -> tuple[Weights, SolvedState]:
         del state, extra
         dtype = gramian.dtype
-        bargain, solved = positive_root(gramian, 1.0, task_mask=task_mask)
+        bargain, info = positive_root(gramian, 1.0, task_mask=task_mask)
         largest = jnp.max(jnp.abs(gramian))
         relative = gramian / jnp.where(largest > 0, largest, jnp.ones_like(largest))
         frobenius = jnp.sqrt(largest) * jnp.sum(relative**2) ** 0.25
@@ -103,10 +90,10 @@ def nash_mtl(
         clip = limit / jnp.maximum(length, jnp.where(limit < jnp.inf, limit, 1))
         clip = jnp.where(limit < jnp.inf, clip, 1)
         weights = bargain * frobenius * clip
-        return weights, NashMtlState(NashMtlInfo(solved.residual))
+        return weights, solved(info.residual)
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian"})),
+        Weighting(init_solved, update, frozenset({"gramian"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

@@ -1,7 +1,8 @@
-"""NTKMTL-SR: tasks at the same speed of convergence.
+"""NTKMTL(-SR): tasks at the same speed of convergence.
 
 Weights from the largest eigenvalue of each task's neural tangent kernel, with one row a
-task (Qin et al. 2025, arXiv:2510.18258, equations 15 and 18).
+task (Qin et al. 2025, arXiv:2510.18258, equation 15; 18 if the rows are taken at the
+shared representation).
 
     w_t = sqrt(mean_s |g_s|^2) / |g_t|
 """
@@ -25,8 +26,11 @@ def ntkmtl_sr(
 
     The largest eigenvalue of a task's neural tangent kernel bounds how fast it
     converges; with one row a task that is the squared length of its gradient, and the
-    weights make all alike. Cheap, robust against losses of different scale, blind to
-    conflicts. Its lengths are noisy where batches are small.
+    weights make all alike. On the gradients of shared parameters, which is what
+    `task_jacobian` gives, this is the paper's NTKMTL for one batch (n = 1); on
+    gradients with respect to the shared representation it is its NTKMTL-SR. Cheap,
+    robust against losses of different scale, blind to conflicts. Its lengths are noisy
+    where batches are small.
 
     Args:
       num_tasks: T.
@@ -50,10 +54,9 @@ def ntkmtl_sr(
       Qin et al., `NTKMTL: Mitigating Task Imbalance in Multi-Task Learning from Neural
       Tangent Kernel Perspective <https://arxiv.org/abs/2510.18258>`_, NeurIPS 2025.
 
-    Differs from the authors' code: the weights come from the task gradients that are
-    given, one row a task; theirs takes them at the shared representation, from four
-    parts of the batch. It writes a sum for the paper's mean, which makes the update
-    ``sqrt(T)`` times as long, multiplies by T and clips to length 1.
+    Differs from the authors' code: one row a task (theirs takes four parts of the batch
+    for SR); it writes a sum for the paper's mean, which makes the update ``sqrt(T)``
+    times as long, multiplies by T and clips to length 1.
     """
 
     def init(num_tasks: int, dtype: DType) -> tuple[()]:

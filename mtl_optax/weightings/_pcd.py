@@ -69,8 +69,8 @@ def pcd(
     with :math:`\tilde g_t` the gradients at about length one. For problems with one
     main task and auxiliary ones that must not suffer. **The order of tasks matters: the
     first one leads** (the first that is present; in a dict of losses that is the first
-    key in sorted order). It does not balance: while the others agree, it is plain
-    training on the first task.
+    key in sorted order: return a tuple of losses to choose). It does not balance: while
+    the others agree, it is plain training on the first task.
 
     Args:
       num_tasks: T.
@@ -88,7 +88,10 @@ def pcd(
       a `Combiner`; its state shows ``solver_residual`` and ``feasible``. Losses are not
       needed. If the first gradient is zero, so is the update; another zero gradient is
       no constraint. Parallel tasks are one constraint. Where no direction serves all
-      (T > 2, opposite gradients), the update is the first task's gradient.
+      others (T > 2), ``feasible`` is 0 and the update is the first task's gradient. The
+      constraints come first: where another gradient is nearly opposite to the first
+      (cosine below -0.99 at tau = 0.02, sooner for larger tau), the update *raises the
+      first loss*, at full length; with tau = 0 it does not.
 
     Raises:
       ValueError: for concrete hyper-parameters out of range.
@@ -104,8 +107,8 @@ def pcd(
 
     References:
       Varam & AlHajri, `Not All Objectives Are Born Equal: Priority-Constrained Descent
-      for Hierarchical Multi-Objective Optimization <https://arxiv.org/abs/2606.29521>`_,
-      TMLR 2026.
+      for Hierarchical Multi-Objective Optimization
+      <https://arxiv.org/abs/2606.29521>`_, TMLR 2026.
 
     Differs from the authors' code: in nothing known but rounding (TorchJD's is followed
     in taking eps inside the root).

@@ -78,8 +78,9 @@ def pcgrad(
       Yu et al., `Gradient Surgery for Multi-Task Learning
       <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020.
 
-    Differs from the authors' code: every task has its own random order (theirs shares
-    one), and nothing is added to ``|g_j|^2``: zero gradients take no part.
+    Differs from the authors' code: orders are random, as in the paper (theirs shuffles
+    without effect), and zero gradients take no part (theirs gives NaN). LibMTL's adds
+    1e-8 to ``|g_j|^2``.
     """
 
     def init(num_tasks: int, dtype: DType) -> tuple[()]:

@@ -7,28 +7,17 @@ their single-task baselines (Qin et al. 2025, CVPR; formula from the authors' co
     u = J^T x,   G x = (omega / x)^(1/2),   x > 0
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from mtl_optax._arguments import check_num_tasks, check_positive
+from mtl_optax._solved import SolvedState, init_solved, solved
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import positive_root
-
-
-class PivrgInfo(NamedTuple):
-    """What to look at: how well the weights solve their equation."""
-
-    solver_residual: Float[Array, ""]
-
-
-class PivrgState(NamedTuple):
-    """Nothing is needed at the next step."""
-
-    info: PivrgInfo
 
 
 def _emphasis(delta_m: Array, mask: TaskMask, bound: Array, floor: Array) -> Array:
@@ -56,17 +45,19 @@ def pivrg(
        \qquad \omega = T \, \mathrm{softmax}(\Delta / \tau)
 
     ``update`` takes ``delta_m=``, one number a task: how much worse than its
-    single-task baseline it now is, in percent (`metrics.delta_m` a task). Use it where
-    such baselines are known and a validation set is evaluated now and then; with equal
-    ``delta_m`` it is ``fairgrad(alpha=2)``. Every task's loss falls along the update,
-    which gets *shorter* as gradients get longer (by the power -1/3): let an optimiser
-    that takes the length away follow, or use ``scale="norm"``.
+    single-task baseline it now is, in percent. That is `metrics.delta_m` of the task's
+    own metrics with ``convention="loss"`` (its default, gain, has the opposite sign,
+    and would favour the tasks that need it least). Use it where such baselines are
+    known and a validation set is evaluated now and then; with equal ``delta_m`` it is
+    ``fairgrad(alpha=2)``. Every task's loss falls along the update, which gets
+    *shorter* as gradients get longer (by the power -1/3): let an optimiser that takes
+    the length away follow, or use ``scale="norm"``.
 
     Args:
       num_tasks: T.
       bound: the largest ratio between two emphases, above 1. 2 in the authors' code.
-      min_temperature: the softest the softmax starts from, in percent, positive; 10 in
-        the authors' code (20 and 100 for some of their problems).
+      min_temperature: of the softmax, in percent, positive: it is never sharper than
+        that. 10 in the authors' code (20 and 100 for some of their problems).
       scale: see `from_weighting`; ``"paper"`` takes x as it is. (The authors' code
         multiplies by T and clips the update to length 1.)
       axis_name: see `from_weighting`.
@@ -101,18 +92,14 @@ def pivrg(
     if not isinstance(bound, jax.core.Tracer) and not bound > 1:
         raise ValueError(f"bound must be above 1, got {bound}.")
 
-    def init(num_tasks: int, dtype: DType) -> PivrgState:
-        del num_tasks
-        return PivrgState(PivrgInfo(jnp.zeros((), dtype)))
-
     def update(
         gramian: Gramian,
-        state: PivrgState,
+        state: SolvedState,
         *,
         task_mask: TaskMask,
         delta_m: Any = None,
         **extra: Any,
-    ) -> tuple[Weights, PivrgState]:
+    ) -> tuple[Weights, SolvedState]:
         del state, extra
         if delta_m is None:
             raise TypeError(
@@ -129,13 +116,11 @@ def pivrg(
         omega = _emphasis(
             behind, task_mask, jnp.asarray(bound), jnp.asarray(min_temperature)
         )
-        weights, solved = positive_root(
-            gramian, 2.0, targets=omega, task_mask=task_mask
-        )
-        return weights, PivrgState(PivrgInfo(solved.residual))
+        weights, info = positive_root(gramian, 2.0, targets=omega, task_mask=task_mask)
+        return weights, solved(info.residual)
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian"})),
+        Weighting(init_solved, update, frozenset({"gramian"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

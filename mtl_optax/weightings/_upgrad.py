@@ -8,33 +8,28 @@ and the projections are averaged (Quinton & Rey 2024, arXiv:2406.16232, section 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_optax._arguments import check_num_tasks, check_per_task
+from mtl_optax._arguments import check_num_tasks
+from mtl_optax._solved import (
+    SolvedState,
+    init_solved,
+    read_per_task,
+    shares_of,
+    solved,
+)
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import dual_cone_projection
-
-
-class UpgradInfo(NamedTuple):
-    """What to look at: how well the worst projection solves its problem."""
-
-    solver_residual: Float[Array, ""]
-
-
-class UpgradState(NamedTuple):
-    """Nothing is needed at the next step."""
-
-    info: UpgradInfo
 
 
 def upgrad(
     num_tasks: int,
-    preference: Sequence[float] | Float[Array, " tasks"] | None = None,
     *,
+    preference: Sequence[float] | Float[Array, " tasks"] | None = None,
     scale: Scale = "paper",
     axis_name: Any = None,
 ) -> Combiner:
@@ -52,8 +47,9 @@ def upgrad(
 
     Args:
       num_tasks: T.
-      preference: ``[T]``, p, not negative, not all zero, taken as it is; one over the
-        number of present tasks by default.
+      preference: ``[T]``, p, in the order of the losses (a dict's keys are sorted); not
+        negative, not all zero, and taken as it is: ones step T times as far as the
+        default, one over the number of present tasks.
       scale: see `from_weighting`; ``"paper"`` is the mean of the projections.
       axis_name: see `from_weighting`.
 
@@ -83,29 +79,20 @@ def upgrad(
     gradients are some thirty times shorter than another's.
     """
     check_num_tasks(num_tasks)
-    if preference is not None:
-        check_per_task("preference", preference, num_tasks)
-
-    def init(num_tasks: int, dtype: DType) -> UpgradState:
-        del num_tasks
-        return UpgradState(UpgradInfo(jnp.zeros((), dtype)))
+    preferred = read_per_task("preference", preference, num_tasks)
 
     def update(
-        gramian: Gramian, state: UpgradState, *, task_mask: TaskMask, **extra: Any
-    ) -> tuple[Weights, UpgradState]:
+        gramian: Gramian, state: SolvedState, *, task_mask: TaskMask, **extra: Any
+    ) -> tuple[Weights, SolvedState]:
         del state, extra
-        present = task_mask.astype(gramian.dtype)
-        if preference is None:
-            wanted = present / jnp.maximum(jnp.sum(present), 1)
-        else:
-            wanted = present * jnp.asarray(preference, gramian.dtype)
-        projected, solved = dual_cone_projection(
+        wanted = shares_of(preferred, task_mask, gramian.dtype)
+        projected, info = dual_cone_projection(
             gramian, jnp.diag(wanted), task_mask=task_mask
         )
-        return jnp.sum(projected, axis=0), UpgradState(UpgradInfo(solved.residual))
+        return jnp.sum(projected, axis=0), solved(info.residual)
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian"})),
+        Weighting(init_solved, update, frozenset({"gramian"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

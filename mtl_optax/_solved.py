@@ -1,0 +1,72 @@
+"""What weightings that solve one small problem a step have in common."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mtl_optax._types import DType, TaskMask
+
+
+class SolvedInfo(NamedTuple):
+    """What to look at: how well the weights solve their problem."""
+
+    solver_residual: Float[Array, ""]
+
+
+class SolvedState(NamedTuple):
+    """State of a weighting that needs nothing at its next step."""
+
+    info: SolvedInfo
+
+
+def init_solved(num_tasks: int, dtype: DType) -> SolvedState:
+    """The state before the first step."""
+    del num_tasks
+    return SolvedState(SolvedInfo(jnp.zeros((), dtype)))
+
+
+def solved(residual: Float[Array, ""]) -> SolvedState:
+    """The state after a step."""
+    return SolvedState(SolvedInfo(residual))
+
+
+def read_per_task(
+    name: str, value: Sequence[Any] | Array | None, num_tasks: int
+) -> Array | np.ndarray | None:
+    """One number a task as an array, checked where it is concrete; None stays None.
+
+    Raises ValueError for another shape, and for concrete numbers that are negative, not
+    finite or all zero.
+    """
+    if value is None:
+        return None
+    traced = isinstance(value, jax.core.Tracer)
+    if isinstance(value, Sequence):
+        traced = any(isinstance(x, jax.core.Tracer) for x in value)
+    numbers = jnp.asarray(value) if traced else np.asarray(value, float)
+    if numbers.shape != (num_tasks,):
+        raise ValueError(
+            f"{name}: expected one number a task, shape ({num_tasks},), got shape "
+            f"{numbers.shape}."
+        )
+    if not traced:
+        good = np.all(np.isfinite(numbers) & (numbers >= 0)) and np.any(numbers > 0)
+        if not good:
+            raise ValueError(
+                f"{name} must be finite, not negative and not all zero, got {value}."
+            )
+    return numbers
+
+
+def shares_of(
+    preference: Any, task_mask: TaskMask, dtype: DType
+) -> Float[Array, "..."]:
+    """The preference of present tasks; without one, equal shares that sum to one."""
+    present = task_mask.astype(dtype)
+    if preference is None:
+        return present / jnp.maximum(jnp.sum(present), jnp.ones((), dtype))
+    return present * jnp.asarray(preference, dtype)

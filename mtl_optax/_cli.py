@@ -262,7 +262,7 @@ def _list(arguments: argparse.Namespace) -> None:
         lines = [[f"`{name}`", *cells] for name, *cells in lines]
         lines = [header, ["---"] * len(header), *lines]
         cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-        print("\n".join(f"| {' | '.join(line)} |" for line in cells))
+        _say("\n".join(f"| {' | '.join(line)} |" for line in cells))
         return
     lines = [header, *lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
+from mtl_optax._masks import is_masked
 from mtl_optax._transform import Combiner
 from mtl_optax._tree import check_task_axis, flatten, materialize, path_names
 from mtl_optax._types import Params, State, TaskGradients, Updates
@@ -17,9 +18,18 @@ class PerGroupState(NamedTuple):
     groups: dict[str, State]
 
 
+def _bare(label: Any) -> Hashable:
+    """The label itself, out of the `Param` that Flax may have put around it."""
+    inside = jax.tree.leaves(label)
+    wrapped = not isinstance(label, tuple) and len(inside) == 1
+    return inside[0] if wrapped else label
+
+
 def leaf_labels(params: PyTree[Any]) -> PyTree[Hashable]:
     """Every leaf is a group of its own."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path_names(path, variables=True), params
+    )
 
 
 def module_labels(params: PyTree[Any]) -> PyTree[Hashable]:
@@ -69,17 +79,29 @@ def per_group(
     if not isinstance(tx, Combiner):
         raise TypeError(f"per_group: tx must be a combiner of mtl_optax, got {tx!r}.")
 
-    def groups_of(params: PyTree[Any], treedef: Any) -> dict[str, list[int]]:
+    def groups_of(params: PyTree[Any]) -> dict[str, list[int]]:
         """Positions of every group's leaves, by the label's name."""
         tree = labels(params) if callable(labels) else labels
+        # `shared_only` puts placeholders where leaves are not its own.
+        places, structure = jax.tree.flatten(params, is_leaf=is_masked)
+        treedef: Any = structure
         try:
             found = treedef.flatten_up_to(tree)
-            known = dict.fromkeys(found)
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                "per_group: labels must have the structure of the parameters, with one "
-                f"hashable label a leaf; expected {treedef}, got {tree}."
-            ) from error
+            # Flax's optimiser takes `Param`s off the tree it updates, but not off the
+            # one that it starts from.
+            found = jax.tree.leaves(tree)
+            if len(found) != len(places):
+                raise ValueError(
+                    "per_group: labels must have the structure of the parameters, with "
+                    f"one hashable label a leaf; expected {treedef}, got {tree}."
+                ) from error
+        found = [
+            _bare(label)
+            for at, label in zip(places, found, strict=True)
+            if not is_masked(at)
+        ]
+        known: dict[Hashable, None] = dict.fromkeys(found)
         names: dict[str, Hashable] = {}
         for label in known:
             name = "/".join(map(str, label)) if isinstance(label, tuple) else str(label)
@@ -92,8 +114,7 @@ def per_group(
         }
 
     def init(params: Params) -> PerGroupState:
-        leaves, treedef = flatten(params)
-        groups = groups_of(params, treedef)
+        leaves, groups = jax.tree.leaves(params), groups_of(params)
         return PerGroupState(
             {name: tx.init([leaves[i] for i in at]) for name, at in groups.items()}
         )
@@ -112,7 +133,7 @@ def per_group(
         like = jax.tree.map(
             lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), task_grads
         )
-        groups = groups_of(like if params is None else params, treedef)
+        groups = groups_of(like if params is None else params)
         if len(groups) > 1:
             leaves = jax.tree.leaves(materialize(task_grads))
         own = None if params is None else jax.tree.leaves(params)

@@ -158,11 +158,34 @@ def test_gradvac_by_group(group):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_of_an_nnx_network():
+@pytest.mark.parametrize(("group", "number"), [("layer", 2), ("leaf", 4)])
+def test_groups_of_an_nnx_network(group, number):
+    """Flax's optimiser starts from a tree with `Param`s and updates one without."""
     model = nnx.Sequential(
         nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     )
-    params = nnx.state(model, nnx.Param)
-    tx = mtl.gradvac(2, group="layer")
-    assert len(tx.init(params).groups) == 2
-    assert len(mtl.gradvac(2, group="leaf").init(params).groups) == 4
+    optimizer = nnx.Optimizer(model, mtl.gradvac(2, group=group), wrt=nnx.Param)
+    graph, params = nnx.split(model, nnx.Param)
+    assert len(mtl.gradvac(2, group=group).init(params).groups) == number
+
+    def losses(params):
+        out = nnx.merge(graph, params)(jnp.ones((1, 2)))
+        return jnp.sum(out), jnp.sum(out**2)
+
+    found, task_grads = mtl.value_and_task_grads(losses)(params)
+    optimizer.update(model, task_grads, losses=found, key=jax.random.key(0))
+    labels = jax.tree.map(lambda p: p.ndim, params)
+    optimizer = nnx.Optimizer(model, mtl.per_group(mtl.edm(2), labels), wrt=nnx.Param)
+    optimizer.update(model, task_grads)
+
+
+def test_inside_shared_only():
+    labels = {"a": {"b": 1, "w": 2}, "z": 3}
+    tx = mtl.shared_only(
+        mtl.per_group(mtl.mgda(3), labels), {"a": {"b": True, "w": False}, "z": True}
+    )
+    grads = task_grads()
+    found, _ = updated(tx, grads)
+    np.testing.assert_allclose(found["a"]["w"], grads["a"]["w"].sum(0), rtol=1e-5)
+    alone, _ = mtl.mgda(3).update(grads["z"], mtl.mgda(3).init(jnp.zeros(4)))
+    np.testing.assert_allclose(found["z"], alone, rtol=1e-5)

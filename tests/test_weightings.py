@@ -461,6 +461,40 @@ def test_mgda_spreads_a_loss_that_is_nan():
         assert np.isnan(weights_of(tx, ROWS, losses=losses)).any()
 
 
+@pytest.mark.parametrize("name", ["nash_mtl", "fairgrad", "pivrg"])
+def test_lengths_may_be_twenty_orders_apart(name):
+    rows = jnp.array([[1e-10, 1e-10], [-1e10, 0.0]])
+    method = mtl.METHODS[name].make(2)
+    update, _ = laws.quick_jit(method.update)(
+        rows, method.init(rows[0]), delta_m=jnp.zeros(2)
+    )
+    unit = np.asarray(update / jnp.linalg.norm(update), np.float64)
+    assert unit @ [1, 1] > 0 > unit[0]
+
+
+def test_imgrad_is_steady_where_gradients_cancel():
+    direction = np.random.default_rng(5).standard_normal(8)
+    found = [
+        weights_of(mtl.imgrad(3), np.outer([s, -s, s], direction).astype(np.float32))
+        for s in (0.3, 1.0, 1.7, 1e3)
+    ]
+    for weights in found[1:]:
+        np.testing.assert_allclose(weights, found[0], atol=1e-4)
+
+
+def test_many_huge_rows():
+    """Sums of squares would overflow although each is within bounds."""
+    rng = np.random.default_rng(6)
+    rows = rng.standard_normal((40, 30)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    for tx in (mtl.krum(40), mtl.cagrad(40), mtl.aligned_mtl(40)):
+        near = weights_of(tx, rows)
+        far = weights_of(tx, rows * np.float32(2.9e18))
+        np.testing.assert_allclose(far, near, atol=1e-3)
+    alike = np.repeat(rows[:1], 40, 0) * np.float32(2.9e18)
+    assert np.all(np.isfinite(weights_of(mtl.aligned_mtl(40), alike)))
+
+
 def test_gradvac_does_not_explode_after_parallel_gradients():
     tx = mtl.gradvac(2)
     key = jax.random.key(0)

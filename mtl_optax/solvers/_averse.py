@@ -50,6 +50,9 @@ def averse_weights(
       Liu et al., Conflict-averse gradient descent for multi-task learning, 2021
       (https://arxiv.org/abs/2110.14048).
     """
+    # Only ratios count, and squares of sums would under- or overflow sooner.
+    largest = jnp.max(jnp.where(task_mask, jnp.diag(gramian), 0))
+    gramian = gramian / jnp.where(largest > 0, largest, 1)
     along = jnp.matmul(gramian, shares, precision=lax.Precision.HIGHEST)
     radius = c * jnp.sqrt(jnp.maximum(jnp.sum(shares * along), 0))
     active = task_mask & ~(jnp.diag(gramian) == 0)

@@ -154,9 +154,11 @@ def _solve(
     largest = jnp.where(largest > 0, largest, 1)
     highest = jnp.max(jnp.where(present, targets, 0))
     highest = jnp.where(highest > 0, highest, 1)
-    norms = jnp.sqrt(jnp.where(present, squares / largest, 1))
+    # Roots first: a ratio of squares may vanish where that of lengths does not.
+    lengths = jnp.sqrt(jnp.where(present, squares, largest))
+    norms = lengths / jnp.sqrt(largest)
     pairs = present[:, None] & present[None, :]
-    cosines = gramian / largest / norms[:, None] / norms[None, :]
+    cosines = gramian / lengths[:, None] / lengths[None, :]
     cosines = jnp.where(pairs, cosines, 0)
 
     # The root for orthogonal rows, in units of its largest entry. Few digits are lost

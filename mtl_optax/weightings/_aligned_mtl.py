@@ -103,7 +103,9 @@ def aligned_mtl(
     ) -> tuple[Weights, tuple[()]]:
         del extra
         dtype = gramian.dtype
-        values, vectors, kept = graded_eigh(gramian)
+        largest = jnp.max(jnp.diag(gramian))  # only ratios count
+        relative = gramian / jnp.where(largest > 0, largest, jnp.ones_like(largest))
+        values, vectors, kept = graded_eigh(relative)
         common = _common_value(values, kept, singular)
         factors = jnp.where(kept, jnp.sqrt(common / jnp.where(kept, values, 1)), 0)
         wanted = shares_of(preferred, task_mask, dtype)

@@ -39,7 +39,7 @@ def fairgrad(
 
     Args:
       num_tasks: T.
-      alpha: fairness, positive; may be traced. 1 is LibMTL's default.
+      alpha: fairness, between 0.02 and 100; may be traced. 1 is LibMTL's default.
       scale: see `from_weighting`; ``"paper"`` takes x as it is, as TorchJD and LibMTL
         do. (The authors' code multiplies by T and clips the update to length 1.)
       axis_name: see `from_weighting`.
@@ -52,7 +52,8 @@ def fairgrad(
       serves the tasks that are left, if any.
 
     Raises:
-      ValueError: if alpha is concrete and not positive.
+      ValueError: if alpha is concrete and out of range: beyond it the equation cannot
+        be solved in float32.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,6 +73,8 @@ def fairgrad(
     """
     check_num_tasks(num_tasks)
     check_positive("alpha", alpha)
+    if not isinstance(alpha, jax.core.Tracer) and not 0.02 <= alpha <= 100:
+        raise ValueError(f"alpha must lie between 0.02 and 100, got {alpha}.")
 
     def update(
         gramian: Gramian, state: SolvedState, *, task_mask: TaskMask, **extra: Any

@@ -113,9 +113,13 @@ def imgrad(
         m, nearest = min_norm_point(gramian, task_mask=active)
         towards = jnp.matmul(gramian, m, precision=HIGHEST)
         mean = jnp.matmul(gramian, shares, precision=HIGHEST)
+        square = jnp.sum(m * towards)
+        # Below it the shortest combination is what rounding leaves of zero.
+        rows = jnp.sum(m * jnp.sqrt(jnp.maximum(jnp.diag(gramian), 0)))
+        real = square > 4 * num_tasks * jnp.finfo(dtype).eps * rows**2
+        square = jnp.where(real, square, 0)
         # Square roots first: a product of squares would underflow.
-        size = jnp.sqrt(jnp.maximum(jnp.sum(shares * mean), 0))
-        size = size * jnp.sqrt(jnp.maximum(jnp.sum(m * towards), 0))
+        size = jnp.sqrt(jnp.maximum(jnp.sum(shares * mean), 0)) * jnp.sqrt(square)
         cosine = jnp.sum(m * mean) / jnp.where(size > 0, size, 1)
         cosine = jnp.where(size > 0, jnp.clip(cosine, 0, 1), 0)
         weights, info = averse_weights(

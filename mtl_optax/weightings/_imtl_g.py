@@ -36,7 +36,7 @@ def _equal_projections(rows: UnitRows) -> Array:
     kept = values > cutoff * jnp.max(values)
     along = jnp.matmul(active, vectors, precision=HIGHEST)
     # Of opposite rows it is rounding only, and must not become a direction.
-    kept_along = kept & (jnp.abs(along) > cutoff * jnp.sqrt(jnp.sum(active)))
+    kept_along = kept & (jnp.abs(along) > 4 * cutoff * jnp.sqrt(jnp.sum(active)))
     along = jnp.where(kept_along, along / jnp.where(kept, values, 1), 0)
     y = jnp.matmul(vectors, along, precision=HIGHEST)
 
@@ -81,7 +81,7 @@ def imtl_g(
     Returns:
       a `Combiner`. Losses are not needed. A task whose gradient is zero counts as
       absent for that step. Parallel gradients share the weight in proportion to their
-      lengths; of two opposite ones nothing is left.
+      lengths; of two opposite ones nothing is left (three on one line may conflict).
 
     Example:
       >>> import jax.numpy as jnp

@@ -118,6 +118,8 @@ def krum(
         basis = diagonal.astype(dtype) - jax.nn.one_hot(origin, num_tasks, dtype=dtype)
         basis = jnp.where(task_mask[:, None], basis, jnp.zeros((), dtype))
         distances = _square_distances(gramian_in_basis(basis).astype(dtype))
+        largest = jnp.max(jnp.where(others, distances, jnp.zeros((), dtype)))
+        distances = distances / jnp.where(largest > 0, largest, jnp.ones((), dtype))
         distances = distances if squared else jnp.sqrt(distances)
         nearest = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
         count = jnp.sum(task_mask.astype(jnp.int32))

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from mtl_optax._arguments import check_num_tasks, check_positive
@@ -89,7 +90,7 @@ def pivrg(
     check_num_tasks(num_tasks)
     check_positive("min_temperature", min_temperature)
     check_positive("bound", bound)
-    if not isinstance(bound, jax.core.Tracer) and not bound > 1:
+    if not isinstance(bound, jax.core.Tracer) and not np.float32(bound) > 1:
         raise ValueError(f"bound must be above 1, got {bound}.")
 
     def update(

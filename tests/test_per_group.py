@@ -97,6 +97,17 @@ def test_parameters_in_tuples(group):
     assert set(state.groups) == {"a", "b", "b/1"}
 
 
+def test_groups_draw_apart():
+    grads = jax.tree.map(jnp.ones_like, task_grads())
+    _found, state = updated(
+        mtl.per_group(mtl.rlw(3), {"a": {"b": 1, "w": 2}, "z": 3}),
+        grads,
+        key=jax.random.key(0),
+    )
+    weights = [group.info.task_weights for group in state.groups.values()]
+    assert len({tuple(np.asarray(w).tolist()) for w in weights}) == 3
+
+
 def test_what_stands_inside_is_known_outside():
     assert mtl.per_group(mtl.edm(3, axis_name="x"), PARAMS).axis_name == "x"
     guarded = mtl.skip_nonfinite_tasks(mtl.edm(3, scale="norm"))

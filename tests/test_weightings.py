@@ -228,6 +228,39 @@ def test_sampled_cagrad_takes_as_many_gradients_as_it_samples():
     assert shapes == [(3, 8)]
 
 
+ABSENT = [
+    (mtl.cagrad, {"num_sampled": 2}),
+    (mtl.krum, {"num_byzantine": 1, "num_selected": 2}),
+    (mtl.pivrg, {"bound": 3.0, "min_temperature": 1.0}),
+    (mtl.mgda, {"normalization": "loss"}),
+]
+
+
+@pytest.mark.parametrize(("factory", "options"), ABSENT)
+def test_absent_tasks_do_not_count_in_options(factory, options):
+    """The laws ask this of the defaults."""
+    rng = np.random.default_rng(7)
+    rows = rng.standard_normal((30, 6, 8)).astype(np.float32)
+    mask = np.array([True, True, False, True, True, False])
+    spoiled = np.where(mask[:, None], rows, 3 + rows)
+    losses = np.float32([2, 0.5, 1e-9, 4, 1, 1e9])
+    drops = np.float32([3, -1, 900, 5, 0, -900])
+
+    def run(rows, tasks, losses, drops, **extra):
+        tx = factory(tasks, **options)
+        keys = jax.random.split(jax.random.key(1), len(rows))
+
+        def one(rows, key):
+            given = {"key": key, "losses": losses, "delta_m": drops, **extra}
+            return tx.update(rows, tx.init(rows[0]), **given)[0]
+
+        return np.asarray(laws.quick_jit(jax.vmap(one))(rows, keys))
+
+    found = run(spoiled, 6, losses, drops, task_mask=jnp.asarray(mask))
+    wanted = run(rows[:, mask], 4, losses[mask], drops[mask])
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("wrong", [0, 1, -3])
 def test_cagrad_samples_two_at_least(wrong):
     with pytest.raises(ValueError, match="num_sampled must be at least 2"):

@@ -114,7 +114,9 @@ def measure(
             (jax.jit(lambda x: mtl.gramian({"w": x})).lower(stacked).compile(), stacked)
         ]
         matrix = mtl.gramian({"w": draw(num_tasks)})
-        for number, row in enumerate(tqdm(rows, desc=f"T = {num_tasks}", leave=False)):
+        for number, row in enumerate(
+            tqdm(rows, desc=f"T = {num_tasks}", leave=False, disable=None)
+        ):
             calls.append(
                 (jax.jit(weigh(row, num_tasks)).lower(matrix).compile(), matrix)
             )

@@ -60,7 +60,7 @@ def check_nonnegative(
     if _is_concrete_scalar(name, value):
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
-        if finite and value == float("inf"):
+        if finite and below is None and value == float("inf"):
             raise ValueError(f"{name} must be finite, got {value}.")
         if below is not None and not value < below:
             raise ValueError(f"{name} must be below {below}, got {value}.")

@@ -233,7 +233,9 @@ def trajectories(method, rows, losses, masks=None) -> Trajectories:
 
 
 def weights_of(state):
-    return optax.tree_utils.tree_get(state, "task_weights", None)
+    """The weights, or None where there are none or several (one a group)."""
+    found = optax.tree_utils.tree_get_all_with_path(state, "task_weights")
+    return found[0][1] if len(found) == 1 else None
 
 
 def fill(runs):

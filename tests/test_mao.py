@@ -232,9 +232,14 @@ def test_as_if_there_were_no_other_task(name):
         )
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, m in mtl.METHODS.items() if m.kind != "jacobian"]
-)
+FOLLOWERS = [
+    pytest.param(name, marks=[] if m in laws.one_of_each_kind() else pytest.mark.slow)
+    for name, m in mtl.METHODS.items()
+    if m.kind != "jacobian"
+]
+
+
+@pytest.mark.parametrize("name", FOLLOWERS)
 def test_any_combiner_may_follow(name):
     method = mtl.METHODS[name]
     grads = jnp.asarray(draws(3, 3, dtype=np.float32))

@@ -97,8 +97,8 @@ def measure(
       a `WeightingCost` a method.
 
     Example:
-      >>> measure((2,), parameters=100, repeats=1, methods=["mgda"])[0].method
-      'mgda'
+      >>> measure((2,), parameters=100, repeats=1, methods=["ntkmtl_sr"])[0].method
+      'ntkmtl_sr'
     """
     rows = [
         row

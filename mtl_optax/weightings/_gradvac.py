@@ -60,8 +60,13 @@ def _vaccinate_in_turn(
         squares = jnp.sum(
             lifted * jnp.matmul(lifted, rows.cosines, precision=HIGHEST), axis=1
         )
-        lengths = jnp.sqrt(jnp.maximum(squares, 0))
+        # What is left of a gradient that the others cancel is rounding, and its angles
+        # mean nothing.
+        added = jnp.sum(jnp.abs(lifted), axis=1)
+        real = squares > 4 * size * jnp.finfo(dtype).eps * added**2
+        lengths = jnp.sqrt(jnp.where(real | ~jnp.isfinite(squares), squares, 0))
         cosine = jnp.clip(along / jnp.maximum(lengths, tiny), -1, 1)
+        cosine = jnp.where(lengths == 0, 0, cosine)
         usual = targets[own, other]
         target = jnp.minimum(usual, _LARGEST_TARGET)
         missing = jnp.sqrt(1 - target**2)

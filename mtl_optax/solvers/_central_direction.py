@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from mtl_optax._tree import HIGHEST
 from mtl_optax._types import Gramian, TaskMask, Weights
 from mtl_optax.solvers._simplex_qp import simplex_qp
+from mtl_optax.solvers._unit_rows import unit_rows
 
 # Above this cosine between all pairs, a Gramian of the raw gradients has lost two of
 # float32's seven digits in the differences, and they are taken anew.
@@ -76,12 +77,9 @@ def central_direction(
     """
     num_tasks, dtype = gramian.shape[0], gramian.dtype
     zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-    norms = jnp.sqrt(jnp.where(task_mask, jnp.maximum(jnp.diag(gramian), 0), zero))
-    active = task_mask & ~(norms == 0)
-    inverse = jnp.where(active, one / jnp.where(active, norms, one), zero)
+    cosines, norms, inverse, active = unit_rows(gramian, task_mask)
     count = jnp.maximum(jnp.sum(active.astype(dtype)), one)
     pairs = active[:, None] & active[None, :]
-    cosines = jnp.where(pairs, gramian * inverse[:, None] * inverse[None, :], zero)
 
     share = active.astype(dtype) / count
     centred = jnp.where(pairs, jnp.eye(num_tasks, dtype=dtype) - share, zero)

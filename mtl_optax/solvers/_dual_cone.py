@@ -1,6 +1,5 @@
 """Projection on the dual cone of the task gradients, by an active-set method."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,11 +8,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mtl_optax._types import Gramian, Scalar, TaskMask, Weights
+from mtl_optax.solvers._active_set import (
+    admit,
+    cut_at_bounds,
+    factor_of,
+    on_face,
+    solve_by,
+    walk,
+)
+from mtl_optax.solvers._problem import check_problem, dot
 from mtl_optax.solvers._simplex_qp import SolverInfo
-
-# Float32 products would otherwise run in TF32 or bf16 on accelerators.
-_dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-
 
 # In units of the rounding `eps * max |v|`: what counts as a violation, and the least
 # inner product with a task on its bound that the last correction asks for.
@@ -32,19 +36,6 @@ class _State(NamedTuple):
     done: Bool[Array, ""]
 
 
-def _on(face: Array, matrix: Array) -> Array:
-    return jnp.where(face[:, None] & face[None, :], matrix, 0)
-
-
-def _factor(face: Array, matrix: Array, damping: Array) -> Array:
-    system = _on(face, matrix) + jnp.diag(jnp.where(face, damping, 1))
-    return lax.linalg.cholesky(system, symmetrize_input=False)
-
-
-def _solved(factor: Array, right: Array) -> Array:
-    return jax.scipy.linalg.cho_solve((factor, True), right)
-
-
 def _violation(z: Array, slope: Array, present: Array) -> Array:
     return jnp.max(jnp.where(present, jnp.abs(jnp.minimum(z, slope)), 0), axis=-1)
 
@@ -57,7 +48,7 @@ def _start(
 
     def descend(k: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         z, ahead = carry
-        slope = _dot(matrix, reference + ahead) - margin
+        slope = dot(matrix, reference + ahead) - margin
         z_new = jnp.where(free, jnp.maximum(ahead - slope / bound, 0), 0)
         momentum = jnp.asarray(k, z.dtype) / jnp.asarray(k + 3, z.dtype)
         return z_new, z_new + momentum * (z_new - z)
@@ -88,18 +79,18 @@ def _active_set(
 
     def advance(state: _State) -> _State:
         z, face = state.z, state.face
-        slope = _dot(matrix, reference + z) - margin
+        slope = dot(matrix, reference + z) - margin
         # Dependent rows leave the step some freedom. Where it has just run into a
         # bound, let those tasks move that are far from theirs.
         room = jnp.max(z) / jnp.where(z > 0, z, jnp.inf)
         room = jnp.where(state.stuck, jnp.clip(room, 1, 1e4), 1)
         damping = state.damping * eps * jnp.sum(face.astype(dtype))
-        factor = _factor(face, matrix, damping * room)
-        on_face = _on(face, matrix)
+        system = on_face(face, matrix)
+        factor = factor_of(face, system, damping * room)
 
         def refine(_: int, step: Array) -> Array:
-            right = jnp.where(face, slope + _dot(on_face, step), 0)
-            return step - _solved(factor, right)
+            right = jnp.where(face, slope + dot(system, step), 0)
+            return step - solve_by(factor, right)
 
         step = lax.fori_loop(0, 3, refine, blank)
         # Rounding may leave the system indefinite, and then the step explodes.
@@ -107,50 +98,42 @@ def _active_set(
         sound = jnp.all(jnp.isfinite(step)) & (jnp.max(jnp.abs(step)) <= limit)
         step = jnp.where(sound & face, step, 0)
 
-        ratios = jnp.where(step < 0, z / jnp.where(step < 0, -step, 1), jnp.inf)
-        length = jnp.minimum(jnp.min(ratios), 1)
-        blocked = face & (ratios <= length) & (length < 1)
-        any_blocked = jnp.any(blocked)
-
-        # To the first bound, or all the way with what falls below zero cut off.
-        points = jnp.stack([jnp.where(blocked, 0, z + length * step), z + step])
-        points = jnp.maximum(points, 0)
+        points, blocked = cut_at_bounds(z, step, face)
         moves = points - z[None, :]
-        bends = _dot(moves, matrix)
+        bends = dot(moves, matrix)
         changes = jnp.sum(moves * (slope[None, :] + bends / 2), axis=1)
-        clip = any_blocked & (changes[1] < changes[0])
-        gained = jnp.where(clip, changes[1], changes[0])
-        moved = any_blocked | (gained < 0)
-        z_new = jnp.where(moved, jnp.where(clip, points[1], points[0]), z)
-        left = jnp.where(clip, face & (points[1] <= 0), blocked)
-        face = face & ~left
+        walked = walk(z, points, changes, face, blocked)
+        z_new, face = walked.point, walked.face
 
         rounding = eps * jnp.max(jnp.abs(reference + z_new))
-        progress = gained < -rounding * jnp.sum(jnp.abs(z_new - z))
-        refused = jnp.where(progress, False, state.refused) | left
+        progress = walked.gained < -rounding * jnp.sum(jnp.abs(z_new - z))
+        refused = jnp.where(progress, False, state.refused) | walked.left
 
-        slope = _dot(matrix, reference + z_new) - margin
+        slope = dot(matrix, reference + z_new) - margin
         outside = free & ~face & ~refused & (slope < -tolerance * rounding)
-        first = jnp.arange(size) == jnp.argmin(jnp.where(outside, slope, jnp.inf))
-        solved = sound & ~any_blocked
-        enter = (solved | (state.many & progress)) & outside & (state.many | first)
-        idle = solved & ~jnp.any(enter)
-        # What was refused while many entered at once may well enter alone.
-        switch = idle & state.many & jnp.any(refused)
-        many = state.many & ~switch & (state.iterations < size + 16)
+        solved = sound & ~walked.blocked
+        entry = admit(
+            slope,
+            outside,
+            refused,
+            state.many,
+            state.iterations,
+            solved=solved,
+            may=solved | (state.many & progress),
+        )
         iterations = state.iterations + count(1)
         optimal = _violation(z_new, slope, free) <= tolerance * rounding
         return _State(
             z=z_new,
-            face=face | enter,
-            refused=refused & ~switch,
-            many=many,
-            stuck=any_blocked,
+            face=face | entry.enter,
+            refused=entry.refused,
+            many=entry.many,
+            stuck=walked.blocked,
             damping=jnp.where(sound, 4, 8 * state.damping),
             iterations=iterations,
             # After a cut step the damping was uneven, and the face is not yet solved.
             done=optimal
-            | (idle & ~switch & ~state.stuck & ~progress)
+            | (entry.idle & ~state.stuck & ~progress)
             | (iterations >= 4 * size + 32),
         )
 
@@ -159,7 +142,7 @@ def _active_set(
     blank = jnp.zeros_like(matrix[0]) + jnp.zeros_like(reference)
     none = jnp.zeros_like(blank[0], count)
     z = _start(matrix, reference, margin, free, blank)
-    slope = _dot(matrix, reference + z) - margin
+    slope = dot(matrix, reference + z) - margin
     rounding = eps * jnp.max(jnp.abs(reference + z))
     face = free & ((z > 0) | (slope < -tolerance * rounding))
     state = _State(
@@ -189,7 +172,7 @@ def _lift(
     height = _MARGIN * eps * weight
 
     def slope(z: Array) -> Array:
-        return _dot(matrix, reference + z) - margin
+        return dot(matrix, reference + z) - margin
 
     def lowest(z: Array) -> Array:
         return jnp.min(jnp.where(free, slope(z), jnp.inf))
@@ -197,8 +180,9 @@ def _lift(
     def correct(_: int, z: Array) -> Array:
         now = slope(z)
         face = free & ((z > 0) | (now < 0))
-        factor = _factor(face, matrix, eps * jnp.sum(face.astype(z.dtype)))
-        step = _solved(factor, jnp.where(face, height - now, 0))
+        damping = eps * jnp.sum(face.astype(z.dtype))
+        factor = factor_of(face, on_face(face, matrix), damping)
+        step = solve_by(factor, jnp.where(face, height - now, 0))
         z_new = jnp.maximum(z + step, 0)
         tame = jnp.max(jnp.abs(reference + z_new)) <= 2 * weight
         return jnp.where(tame, z_new, z)
@@ -230,7 +214,7 @@ def _solve(
     free = free & present
     lengths = jnp.sqrt(jnp.where(present, squares, 1))
     matrix = gramian / lengths[:, None] / lengths[None, :]
-    matrix = _on(present, jnp.clip((matrix + matrix.T) / 2, -1, 1))
+    matrix = on_face(present, jnp.clip((matrix + matrix.T) / 2, -1, 1))
     longest = jnp.max(jnp.where(present, lengths, 0))
     lengths = jnp.where(present, lengths / jnp.where(longest > 0, longest, 1), 0)
     scaled = references * lengths[None, :]
@@ -244,7 +228,7 @@ def _solve(
     solve = jax.vmap(_active_set, (None, 0, 0, None))
     z, iterations = solve(matrix, scaled, away, free)
     v = scaled + z
-    violations = _violation(z, _dot(v, matrix) - away, free[None, :])
+    violations = _violation(z, dot(v, matrix) - away, free[None, :])
     largest = jnp.max(jnp.abs(v), axis=1)
     residual = jnp.max(violations / jnp.where(largest > 0, largest, 1))
     lengths = jnp.where(present, lengths, 1)
@@ -322,9 +306,7 @@ def dual_cone_projection(
       memory for continual learning, NeurIPS 2017; Nocedal and Wright, Numerical
       Optimization, 2nd ed., 2006, sections 16.5 and 16.7.
     """
-    size = gramian.shape[0] if gramian.ndim else 0
-    if gramian.shape != (size, size) or not size:
-        raise ValueError(f"expected a [T, T] matrix, got shape {gramian.shape}")
+    size, dtype = check_problem(gramian, margins=margins, task_mask=task_mask)
     if references.ndim not in (1, 2) or references.shape[-1] != size:
         raise ValueError(
             f"references has shape {references.shape}, expected {(size,)} or "
@@ -332,16 +314,10 @@ def dual_cone_projection(
         )
     if not references.shape[0]:
         raise ValueError("expected at least one reference")
-    dtype = gramian.dtype
     if margins is None:
         margins = jnp.zeros(size, dtype)
     if task_mask is None:
         task_mask = jnp.ones(size, bool)
-    for name, value in (("margins", margins), ("task_mask", task_mask)):
-        if value.shape != (size,):
-            raise ValueError(f"{name} has shape {value.shape}, expected {(size,)}")
-    if dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"expected a float32 or float64 matrix, got {dtype}")
     rows = references.reshape(-1, size).astype(dtype)
     weights, info = _solve(gramian, rows, margins.astype(dtype), task_mask)
     return weights.reshape(references.shape), info

@@ -1,6 +1,5 @@
 """The positive root of `G x = (omega / x)^(1 / alpha)`, by an interior-point method."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,10 +8,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mtl_optax._types import Gramian, Scalar, TaskMask, Weights
+from mtl_optax.solvers._problem import check_problem, dot
 from mtl_optax.solvers._simplex_qp import SolverInfo
-
-# Float32 products would otherwise run in TF32 or bf16 on accelerators.
-_dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 _LIMIT = 100
 
@@ -51,8 +48,8 @@ def _follow(
 
     def residual(y: Array) -> Array:
         wanted = base * jnp.exp(jnp.clip(-log_root(y), -60, 60))
-        gaps = jnp.abs(_dot(cosines, y) - wanted)
-        scale = jnp.where(present, _dot(sizes, y), 1)
+        gaps = jnp.abs(dot(cosines, y) - wanted)
+        scale = jnp.where(present, dot(sizes, y), 1)
         return jnp.max(jnp.where(present, gaps / scale, 0))
 
     def advance(state: _State) -> _State:
@@ -61,7 +58,7 @@ def _follow(
         # The logarithm for what must fall, where the quotient would reach below zero.
         pull = jnp.where(behind < 0, behind, jnp.expm1(jnp.minimum(behind, 10)))
         pull = jnp.clip(pull, -1, 10)
-        side = jnp.where(present, s * pull + s - _dot(cosines, state.y), 0)
+        side = jnp.where(present, s * pull + s - dot(cosines, state.y), 0)
 
         # The diagonal of C is 1, so this scaling makes the system's diagonal 1 too.
         bend = jnp.minimum(power * s / y, big)
@@ -112,7 +109,7 @@ def _follow(
     blank = jnp.zeros_like(cosines[0]) + 0 * power
     none = jnp.zeros_like(blank[0], jnp.int32)
     # The best multiple of equal y, unless y0 itself is a root (a diagonal Gramian).
-    square = jnp.maximum(jnp.sum(_dot(cosines, one)), eps * count**2)
+    square = jnp.maximum(jnp.sum(dot(cosines, one)), eps * count**2)
     equal = (count / jnp.where(count > 0, square, 1)) ** (1 / (1 + power))
     start = jnp.where(residual(base * one) <= 8 * eps, base, equal) * one + blank
     first = residual(start)
@@ -240,18 +237,10 @@ def positive_root(
       Primal-dual target-following algorithms for linear programming, Annals of
       Operations Research 62, 1996.
     """
-    size = gramian.shape[0] if gramian.ndim else 0
-    if gramian.shape != (size, size) or not size:
-        raise ValueError(f"expected a [T, T] matrix, got shape {gramian.shape}")
-    for name, value in {"targets": targets, "task_mask": task_mask}.items():
-        if value is not None and value.shape != (size,):
-            raise ValueError(f"{name} has shape {value.shape}, expected {(size,)}")
+    size, dtype = check_problem(gramian, targets=targets, task_mask=task_mask)
     exponent = jnp.asarray(alpha)
     if exponent.shape:
         raise ValueError(f"alpha has shape {exponent.shape}, expected a scalar")
-    dtype = gramian.dtype
-    if dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"expected a float32 or float64 matrix, got {dtype}")
     if targets is None:
         targets = jnp.ones(size, dtype)
     if task_mask is None:

@@ -1,6 +1,5 @@
 """A linear term plus a norm on the simplex: the dual of a search within a ball."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,10 +8,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mtl_optax._types import Gramian, Scalar, TaskMask, Weights
+from mtl_optax.solvers._active_set import (
+    admit,
+    cut_at_bounds,
+    factor_of,
+    on_face,
+    solve_by,
+    walk,
+    without_multiple,
+)
+from mtl_optax.solvers._problem import check_problem, dot
 from mtl_optax.solvers._simplex_qp import SolverInfo
-
-# Float32 products would otherwise run in TF32 or bf16 on accelerators.
-_dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 class _State(NamedTuple):
@@ -27,17 +33,9 @@ class _State(NamedTuple):
     done: Bool[Array, ""]
 
 
-def _without_multiple(slope: Array, normal: Array, support: Array) -> Array:
-    """`slope - lam * normal`, with `lam` fitted on the support in least squares."""
-    # Scaled to a largest entry of 1, because the square of a tiny one underflows.
-    unit = normal / jnp.max(jnp.where(support, normal, 0))
-    fitted = jnp.where(support, unit, 0)
-    return slope - unit * (jnp.sum(fitted * slope) / jnp.sum(fitted * fitted))
-
-
 def _length(matrix: Array, y: Array, least: Array) -> tuple[Array, Array]:
     """`R y`, and `mu = max(|y|_R, least)`."""
-    bent = _dot(matrix, y)
+    bent = dot(matrix, y)
     return bent, jnp.sqrt(jnp.maximum(jnp.sum(bent * y), least * least))
 
 
@@ -54,11 +52,11 @@ def _residual(
         return jnp.max(jnp.where(present, each, 0))
 
     support = y > 0
-    costs = _without_multiple(slope, normal, support)
+    costs = without_multiple(slope, normal, support)
     # Any multiplier is a certificate. Where the support's normal is tiny it fixes the
     # multiplier only loosely, and the violating tasks fix it better.
     wider = support | (present & (costs < 0))
-    again = _without_multiple(slope, normal, wider)
+    again = without_multiple(slope, normal, wider)
     return jnp.minimum(violation(costs), violation(again))
 
 
@@ -87,29 +85,25 @@ def _active_set(
         mass = jnp.sum(y)
         least = state.least
         bent, mu = _length(matrix, y, least)
-        costs = _without_multiple(bent + mu * linear, normal, face)
+        costs = without_multiple(bent + mu * linear, normal, face)
         unit = jnp.where(face, normal, 0)
         unit = unit / jnp.max(unit)
         damping = state.damping * eps * jnp.sum(face.astype(dtype))
         # The term in the normal changes nothing on a^T y = 1 and makes the system
         # definite where zero is in the hull; the damping does for dependent rows.
-        system = jnp.where(face[:, None] & face[None, :], matrix, 0)
-        system = system + unit[:, None] * unit[None, :]
-        system = system + jnp.diag(jnp.where(face, damping, 1))
-        factor = lax.linalg.cholesky(system, symmetrize_input=False)
-        tilt = _without_multiple(linear, normal, face)
+        system = on_face(face, matrix) + unit[:, None] * unit[None, :]
+        factor = factor_of(face, system, damping)
+        tilt = without_multiple(linear, normal, face)
         sides = jnp.where(face[None, :], jnp.stack([unit, costs, tilt]), 0)
-        solved = jax.scipy.linalg.cho_solve((factor, True), sides.T).T
+        solved = solve_by(factor, sides.T).T
         along, others = solved[0], solved[1:]
-        shifts = _dot(others, unit) / jnp.sum(unit * along)
+        shifts = dot(others, unit) / jnp.sum(unit * along)
         newton, line = shifts[:, None] * along[None, :] - others
         newton, line = jnp.where(face, newton, 0), jnp.where(face, line, 0)
 
         # Damping makes -p^T b the larger one of two measures of |b|_R^2.
-        bend = jnp.maximum(
-            jnp.sum(line * _dot(matrix, line)), -jnp.sum(line * sides[2])
-        )
-        shortfall = mu * mu - jnp.sum((y + newton) * _dot(matrix, y + newton))
+        bend = jnp.maximum(jnp.sum(line * dot(matrix, line)), -jnp.sum(line * sides[2]))
+        shortfall = mu * mu - jnp.sum((y + newton) * dot(matrix, y + newton))
         square = mu * mu - shortfall / jnp.where(bend < 1, 1 - bend, 1)
         most = 16 * mu
         square = jnp.where(bend < 1, square, jnp.inf)
@@ -121,57 +115,48 @@ def _active_set(
         flat = jnp.all(~face | (jnp.abs(costs) <= tolerance)) & jnp.all(y == start)
         step = jnp.where(sound & ~flat, step, 0)
 
-        ratios = jnp.where(step < 0, y / jnp.where(step < 0, -step, 1), jnp.inf)
-        length = jnp.minimum(jnp.min(ratios), 1)
-        blocked = face & (ratios <= length) & (length < 1)
-        any_blocked = jnp.any(blocked)
-
-        # To the first bound, or all the way with what falls below zero cut off.
-        points = jnp.stack([jnp.where(blocked, 0, y + length * step), y + step])
-        points = jnp.maximum(points, 0)
-        points = points / _dot(points, normal)[:, None]
+        points, blocked = cut_at_bounds(y, step, face)
+        points = points / dot(points, normal)[:, None]
         moves = points - y[None, :]
         # Changes of mu times the objective; the second line is for the change of mu.
-        bends = _dot(moves, matrix)
+        bends = dot(moves, matrix)
         squares = jnp.sum((2 * bent[None, :] + bends) * moves, axis=1)
         squares = squares + jnp.sum(bent * y)
         mus = jnp.sqrt(jnp.maximum(squares, least * least))
         changes = jnp.sum(moves * (costs[None, :] + bends / 2), axis=1)
         changes = changes - (mus - mu) * (squares / mus - mu) / 2
-        clip = any_blocked & (changes[1] < changes[0])
-        gained = jnp.where(clip, changes[1], changes[0])
-        moved = any_blocked | (gained < 0)
-        y_new = jnp.where(moved, jnp.where(clip, points[1], points[0]), y)
-        left = jnp.where(clip, face & (points[1] <= 0), blocked)
-        face = face & ~left
+        walked = walk(y, points, changes, face, blocked)
+        y_new, face = walked.point, walked.face
 
-        progress = gained < -jnp.sum(tolerance * jnp.abs(y_new - y)) / 4
-        refused = jnp.where(progress, False, state.refused) | left
+        progress = walked.gained < -jnp.sum(tolerance * jnp.abs(y_new - y)) / 4
+        refused = jnp.where(progress, False, state.refused) | walked.left
 
         mass = jnp.sum(y_new)
         # Fixed while the last digits are found, which may shift mass along directions
         # that change nothing else.
         least = jnp.where(state.polished > 0, least, floor * mass)
         bent, mu = _length(matrix, y_new, least)
-        costs = _without_multiple(bent + mu * linear, normal, face)
+        costs = without_multiple(bent + mu * linear, normal, face)
         tolerance = 4 * eps * (mass + mu * jnp.abs(linear))
-        solved_face = sound & ~any_blocked & ((target < most) | ~progress)
+        solved_face = sound & ~walked.blocked & ((target < most) | ~progress)
         outside = present & ~face & ~refused & (costs < -tolerance)
-        first = jnp.arange(size) == jnp.argmin(jnp.where(outside, costs, jnp.inf))
-        enter = solved_face & outside & (state.many | first)
-        idle = solved_face & ~jnp.any(enter)
-        # What was refused while many entered at once may well enter alone.
-        switch = idle & state.many & jnp.any(refused)
-        many = state.many & ~switch & (state.iterations < size + 16)
-        refused = refused & ~switch
-        polished = jnp.where(idle & ~switch, state.polished + 1, 0).astype(count)
+        entry = admit(
+            costs,
+            outside,
+            refused,
+            state.many,
+            state.iterations,
+            solved=solved_face,
+            may=solved_face,
+        )
+        polished = jnp.where(entry.idle, state.polished + 1, 0).astype(count)
         settled = (polished >= 4) | ((polished >= 2) & ~progress)
         iterations = state.iterations + count(1)
         return _State(
             y=y_new,
-            face=face | enter,
-            refused=refused,
-            many=many,
+            face=face | entry.enter,
+            refused=entry.refused,
+            many=entry.many,
             least=least,
             damping=jnp.where(sound, state.damping, 8 * state.damping),
             polished=polished,
@@ -248,7 +233,7 @@ def _solve(
     mass = jnp.sum(weights * jnp.where(norms > 0, norms, shortest))
     mass = jnp.where(jnp.any(norms > 0), mass, 0)
     parts = weights * norms / jnp.where(mass > 0, mass, 1)
-    square = jnp.sum(parts * _dot(cosines, parts))
+    square = jnp.sum(parts * dot(cosines, parts))
     length = mass * jnp.sqrt(jnp.where(square > floor * floor, square, 0))
     return (
         jnp.where(sound, weights, jnp.nan),
@@ -341,18 +326,7 @@ def simplex_norm(
       learning, 2021 (https://arxiv.org/abs/2110.14048); Nocedal and Wright, Numerical
       Optimization, 2nd ed., 2006, section 16.5 (primal active-set methods).
     """
-    size = gramian.shape[0] if gramian.ndim else 0
-    if gramian.shape != (size, size) or not size:
-        raise ValueError(f"expected a [T, T] matrix, got shape {gramian.shape}")
-    for name, value in {"linear": linear, "task_mask": task_mask}.items():
-        if value is not None and value.shape != (size,):
-            raise ValueError(
-                f"{name} has shape {value.shape}, expected {(size,)} "
-                f"beside a matrix of shape {gramian.shape}"
-            )
-    dtype = gramian.dtype
-    if dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"expected a float32 or float64 matrix, got {dtype}")
+    size, dtype = check_problem(gramian, linear=linear, task_mask=task_mask)
     if jnp.shape(radius):
         raise ValueError(f"radius has shape {jnp.shape(radius)}, expected a scalar")
     if task_mask is None:

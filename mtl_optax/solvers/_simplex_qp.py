@@ -1,6 +1,5 @@
 """Convex quadratic programs on the (weighted) simplex, by an active-set method."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,9 +8,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mtl_optax._types import Gramian, Scalar, TaskMask, Weights
-
-# Float32 products would otherwise run in TF32 or bf16 on accelerators.
-_dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+from mtl_optax.solvers._active_set import (
+    admit,
+    cut_at_bounds,
+    factor_of,
+    on_face,
+    solve_by,
+    walk,
+    without_multiple,
+)
+from mtl_optax.solvers._problem import check_problem, dot
 
 
 class SolverInfo(NamedTuple):
@@ -45,28 +51,20 @@ class _State(NamedTuple):
     done: Bool[Array, ""]
 
 
-def _reduced_costs(slope: Array, normal: Array, support: Array) -> Array:
-    """`slope - lam * normal`, with `lam` fitted on the support in least squares."""
-    # Scaled to a largest entry of 1, because the square of a tiny one underflows.
-    unit = normal / jnp.max(jnp.where(support, normal, 0))
-    fitted = jnp.where(support, unit, 0)
-    return slope - unit * (jnp.sum(fitted * slope) / jnp.sum(fitted * fitted))
-
-
 def _residual(
     matrix: Array, linear: Array, normal: Array, present: Array, y: Array
 ) -> Array:
-    slope = _dot(matrix, y) + linear
+    slope = dot(matrix, y) + linear
     support = y > 0
 
     def violation(costs: Array) -> Array:
         each = jnp.where(present, jnp.abs(jnp.minimum(y, costs)), 0)
         return jnp.max(each) / jnp.maximum(jnp.sum(y), 1)
 
-    costs = _reduced_costs(slope, normal, support)
+    costs = without_multiple(slope, normal, support)
     # Any multiplier is a certificate. Where the support's normal is tiny it fixes the
     # multiplier only loosely, and the violating tasks fix it better.
-    again = _reduced_costs(slope, normal, support | (present & (costs < 0)))
+    again = without_multiple(slope, normal, support | (present & (costs < 0)))
     return jnp.minimum(violation(costs), violation(again))
 
 
@@ -95,17 +93,15 @@ def _active_set(
 
     def advance(state: _State) -> _State:
         y, face = state.y, state.face
-        slope = _dot(matrix, y) + linear
-        costs = _reduced_costs(slope, normal, face)
-        on_face = jnp.where(face, normal, 0)
-        unit = on_face / jnp.max(on_face)
+        slope = dot(matrix, y) + linear
+        costs = without_multiple(slope, normal, face)
+        unit = jnp.where(face, normal, 0)
+        unit = unit / jnp.max(unit)
         damping = state.damping * eps * jnp.sum(face.astype(dtype))
-        system = jnp.where(face[:, None] & face[None, :], matrix, 0)
-        system = system + unit[:, None] * unit[None, :]
-        system = system + jnp.diag(jnp.where(face, damping, 1))
-        factor = lax.linalg.cholesky(system, symmetrize_input=False)
+        system = on_face(face, matrix) + unit[:, None] * unit[None, :]
+        factor = factor_of(face, system, damping)
         sides = jnp.stack([unit, jnp.where(face, costs, 0)], axis=1)
-        solved = jax.scipy.linalg.cho_solve((factor, True), sides)
+        solved = solve_by(factor, sides)
         along, newton = solved[:, 0], solved[:, 1]
         step = along * (jnp.sum(unit * newton) / jnp.sum(unit * along)) - newton
         step = jnp.where(face, step, 0)
@@ -115,49 +111,40 @@ def _active_set(
         flat = flat & jnp.all(y == start)
         step = jnp.where(sound & ~flat, step, 0)
 
-        ratios = jnp.where(step < 0, y / jnp.where(step < 0, -step, 1), jnp.inf)
-        length = jnp.minimum(jnp.min(ratios), 1)
-        blocked = face & (ratios <= length) & (length < 1)
-        any_blocked = jnp.any(blocked)
-
-        # To the first bound, or all the way with what falls below zero cut off.
-        points = jnp.stack([jnp.where(blocked, 0, y + length * step), y + step])
-        points = jnp.maximum(points, 0)
-        points = points / _dot(points, normal)[:, None]
+        points, blocked = cut_at_bounds(y, step, face)
+        points = points / dot(points, normal)[:, None]
         moves = points - y[None, :]
-        bends = _dot(moves, matrix)
+        bends = dot(moves, matrix)
         changes = jnp.sum(moves * (costs[None, :] + bends / 2), axis=1)
-        clip = any_blocked & (changes[1] < changes[0])
-        gained = jnp.where(clip, changes[1], changes[0])
-        moved = any_blocked | (gained < 0)
-        y_new = jnp.where(moved, jnp.where(clip, points[1], points[0]), y)
-        left = jnp.where(clip, face & (points[1] <= 0), blocked)
-        face = face & ~left
+        walked = walk(y, points, changes, face, blocked)
+        y_new, face = walked.point, walked.face
 
         weight = jnp.sum(y_new)
-        progress = gained < -eps * weight * jnp.sum(jnp.abs(y_new - y))
-        refused = jnp.where(progress, False, state.refused) | left
+        progress = walked.gained < -eps * weight * jnp.sum(jnp.abs(y_new - y))
+        refused = jnp.where(progress, False, state.refused) | walked.left
 
-        slope = _dot(matrix, y_new) + linear
-        costs = _reduced_costs(slope, normal, face)
+        slope = dot(matrix, y_new) + linear
+        costs = without_multiple(slope, normal, face)
         tolerance = 4 * eps * weight
-        solved_face = sound & ~any_blocked
+        solved_face = sound & ~walked.blocked
         outside = present & ~face & ~refused & (costs < -tolerance)
-        first = jnp.arange(size) == jnp.argmin(jnp.where(outside, costs, jnp.inf))
-        enter = solved_face & outside & (state.many | first)
-        idle = solved_face & ~jnp.any(enter)
-        # What was refused while many entered at once may well enter alone.
-        switch = idle & state.many & jnp.any(refused)
-        many = state.many & ~switch & (state.iterations < size + 16)
-        refused = refused & ~switch
-        polished = jnp.where(idle & ~switch, state.polished + 1, 0).astype(count)
+        entry = admit(
+            costs,
+            outside,
+            refused,
+            state.many,
+            state.iterations,
+            solved=solved_face,
+            may=solved_face,
+        )
+        polished = jnp.where(entry.idle, state.polished + 1, 0).astype(count)
         settled = (polished >= 3) | ((polished >= 2) & ~progress)
         iterations = state.iterations + count(1)
         return _State(
             y=y_new,
-            face=face | enter,
-            refused=refused,
-            many=many,
+            face=face | entry.enter,
+            refused=entry.refused,
+            many=entry.many,
             damping=jnp.where(sound, state.damping, 8 * state.damping),
             polished=polished,
             iterations=iterations,
@@ -317,19 +304,9 @@ def simplex_qp(
       Mathematical Programming 11, 1976; Gärtner and Schönherr, An efficient, exact,
       and generic quadratic programming solver for geometric optimization, 2000.
     """
-    size = quadratic.shape[0] if quadratic.ndim else 0
-    expected = {"linear": linear, "constraint": constraint, "task_mask": task_mask}
-    if quadratic.shape != (size, size) or not size:
-        raise ValueError(f"expected a [T, T] matrix, got shape {quadratic.shape}")
-    for name, value in expected.items():
-        if value is not None and value.shape != (size,):
-            raise ValueError(
-                f"{name} has shape {value.shape}, expected {(size,)} "
-                f"beside a matrix of shape {quadratic.shape}"
-            )
-    dtype = quadratic.dtype
-    if dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"expected a float32 or float64 matrix, got {dtype}")
+    size, dtype = check_problem(
+        quadratic, linear=linear, constraint=constraint, task_mask=task_mask
+    )
     if constraint is None:
         constraint = jnp.ones(size, dtype)
     if task_mask is None:

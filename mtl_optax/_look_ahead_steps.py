@@ -19,7 +19,7 @@ from mtl_optax._transform import read_task_mask
 from mtl_optax._tree import materialize, weighted_sum
 from mtl_optax._types import Mask, Params, State
 from mtl_optax.jacobian._look_ahead import check_learning_rate, look_ahead_jacobian
-from mtl_optax.jacobian._operators import Mode
+from mtl_optax.jacobian._operators import RowMode
 from mtl_optax.jacobian._task_jacobian import check_options, task_jacobian
 
 
@@ -55,7 +55,7 @@ def look_ahead_steps(
     first_order: bool = False,
     has_aux: bool = False,
     in_axes: Sequence[Any] | None = None,
-    mode: Mode | None = None,
+    mode: RowMode | None = None,
 ) -> LookAheadSteps:
     r"""Trains heads and shared parameters in turn, the latter by looking ahead.
 

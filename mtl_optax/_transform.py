@@ -21,6 +21,7 @@ from mtl_optax._tree import (
     check_task_axis,
     constant,
     gramian,
+    hold,
     lazy_losses,
     lazy_task_names,
     materialize,
@@ -183,17 +184,8 @@ def from_weighting(
     unknown = weighting.needs - {"gramian", "gramian_in_basis", "losses", "key"}
     if unknown:
         raise ValueError(f"Weighting.needs names unknown inputs: {sorted(unknown)}.")
-    sees_gramian = "gramian" in weighting.needs
-
-    def init(params: Params) -> CombinerState:
-        dtype = state_dtype(params)
-        weights = jnp.zeros((num_tasks,), dtype)
-        info = (
-            GramianInfo(weights, jnp.zeros((), dtype))
-            if sees_gramian
-            else LossInfo(weights)
-        )
-        return CombinerState(weighting.init(num_tasks, dtype), info)
+    method = WeightedMethod(weighting, num_tasks, scale, axis_name)
+    sees_gramian = bool(weighting.needs & {"gramian", "gramian_in_basis"})
 
     def update(
         task_grads: TaskGradients,
@@ -204,19 +196,75 @@ def from_weighting(
         task_mask: Any = None,
         **extra: Any,
     ) -> tuple[Updates, CombinerState]:
+        told = method.read(task_grads, state, params, losses, task_mask, extra)
+        if sees_gramian:
+            task_grads = hold(task_grads)
+        weights, state = method.weigh(task_grads, state, told, extra)
+        return method.combine(weights, task_grads, state, told)
+
+    return Combiner(method.init, update, num_tasks, weighting, scale, axis_name)
+
+
+class Told(NamedTuple):
+    """What a weighting is told besides the task gradients, checked.
+
+    Attributes:
+      losses: in the state's dtype, one for absent tasks; None where there are none.
+      mask: the task mask.
+      given_mask: the same, or None where none was given.
+    """
+
+    losses: Losses | None
+    mask: TaskMask
+    given_mask: TaskMask | None
+
+
+class WeightedMethod(NamedTuple):
+    """The steps of a combiner made by `from_weighting`, for whoever takes it to pieces.
+
+    Attributes:
+      weighting, num_tasks, scale, axis_name: the arguments of `from_weighting`.
+    """
+
+    weighting: Weighting
+    num_tasks: int
+    scale: Scale
+    axis_name: Any
+
+    def init(self, params: Params) -> CombinerState:
+        dtype = state_dtype(params)
+        weights = jnp.zeros((self.num_tasks,), dtype)
+        info = (
+            GramianInfo(weights, jnp.zeros((), dtype))
+            if "gramian" in self.weighting.needs
+            else LossInfo(weights)
+        )
+        return CombinerState(self.weighting.init(self.num_tasks, dtype), info)
+
+    def read(
+        self,
+        task_grads: TaskGradients,
+        state: CombinerState,
+        params: Params | None,
+        losses: Any,
+        task_mask: Any,
+        extra: Mapping[str, Any],
+    ) -> Told:
+        """Checks what `update` was given."""
+        num_tasks, needs = self.num_tasks, self.weighting.needs
         check_task_axis(task_grads, num_tasks, params)
         dtype = state.info.task_weights.dtype
         given_mask = read_task_mask(task_mask, num_tasks)
         mask = jnp.ones((num_tasks,), bool) if given_mask is None else given_mask
         known = read_losses(losses, task_grads, num_tasks)
-        if known is None and "losses" in weighting.needs:
+        if known is None and "losses" in needs:
             raise TypeError(
                 "this combiner needs the task losses: call tx.update(task_grads, "
                 "state, params, losses=losses) with losses of shape "
                 f"({num_tasks},), or pass the lazy tree of task_jacobian, which "
                 "knows them."
             )
-        if "key" in weighting.needs and extra.get("key") is None:
+        if "key" in needs and extra.get("key") is None:
             raise TypeError(
                 "this combiner is random: call tx.update(..., key=key) with a fresh "
                 "jax.random.key at every step."
@@ -224,43 +272,68 @@ def from_weighting(
         if known is not None:
             known = lax.stop_gradient(known.astype(dtype))
             known = jnp.where(mask, known, jnp.ones((), dtype))
+        return Told(known, mask, given_mask)
+
+    def weigh(
+        self,
+        task_grads: TaskGradients,
+        state: CombinerState,
+        told: Told,
+        extra: Mapping[str, Any],
+    ) -> tuple[Weights, CombinerState]:
+        """The weights, but for the length that ``scale="norm"`` gives; the new state.
+
+        Its `info` does not hold the weights yet.
+        """
+        weighting, mask = self.weighting, told.mask
+        dtype = state.info.task_weights.dtype
 
         # Weights are constants to whoever differentiates through an update.
         seen = constant(task_grads)
 
         def gramian_in_basis(basis: Array | None) -> Array:
             return gramian(
-                seen, basis=basis, task_mask=given_mask, axis_name=axis_name
+                seen,
+                basis=basis,
+                task_mask=told.given_mask,
+                axis_name=self.axis_name,
             ).astype(dtype)
 
-        gram = gramian_in_basis(None) if sees_gramian else None
+        gram = gramian_in_basis(None) if "gramian" in weighting.needs else None
         if "gramian_in_basis" in weighting.needs:
-            extra["gramian_in_basis"] = gramian_in_basis
+            extra = {**extra, "gramian_in_basis": gramian_in_basis}
         weights, inner = weighting.update(
             gram,
             state.weighting,
-            losses=known if "losses" in weighting.needs else None,
+            losses=told.losses if "losses" in weighting.needs else None,
             task_mask=mask,
             **extra,
         )
-        _check_contract(weights, num_tasks, state.weighting, inner)
+        _check_contract(weights, self.num_tasks, state.weighting, inner)
         weights = jnp.where(mask, weights.astype(dtype), jnp.zeros((), dtype))
-        if scale in ("mean", "sum"):
-            weights = weights * _to_sum(weights, mask, scale)
-        updates = weighted_sum(weights, task_grads, task_mask=given_mask)
-        if scale == "norm":
-            factor, updates = _to_mean_length(
-                updates, task_grads, mask, given_mask, axis_name
-            )
-            weights = weights * factor.astype(dtype)
-        info = (
-            LossInfo(weights)
-            if gram is None
-            else GramianInfo(weights, _conflict(gram, mask))
-        )
-        return updates, CombinerState(inner, info)
+        if self.scale in ("mean", "sum"):
+            weights = weights * _to_sum(weights, mask, self.scale)
+        info = state.info
+        if gram is not None:
+            info = GramianInfo(info.task_weights, _conflict(gram, mask))
+        return weights, CombinerState(inner, info)
 
-    return Combiner(init, update, num_tasks, weighting, scale, axis_name)
+    def combine(
+        self,
+        weights: Weights,
+        task_grads: TaskGradients,
+        state: CombinerState,
+        told: Told,
+    ) -> tuple[Updates, CombinerState]:
+        """The weighted sum, and the state with the weights in its `info`."""
+        updates = weighted_sum(weights, task_grads, task_mask=told.given_mask)
+        if self.scale == "norm":
+            factor, updates = _to_mean_length(
+                updates, task_grads, told.mask, told.given_mask, self.axis_name
+            )
+            weights = weights * factor.astype(weights.dtype)
+        info = state.info._replace(task_weights=weights)
+        return updates, CombinerState(state.weighting, info)
 
 
 def from_aggregator(

@@ -302,7 +302,8 @@ def check_task_axis(
         )
 
 
-def _accumulator(*arrays: Array) -> DType:
+def accumulator(*arrays: Array) -> DType:
+    """Dtype of sums over the arrays: their own, float32 at least."""
     # By dtype: a weakly typed float64 (a Python float under x64) would give float32.
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
 
@@ -346,7 +347,7 @@ def choose_rows(task_mask: TaskMask, present: Array, absent: Array) -> Array:
 
 def _leaf_gramian(x: Array, basis: Basis | None) -> Array:
     """Gramian of one stacked leaf in one product; safe for any sharding."""
-    dtype = _accumulator(x)
+    dtype = accumulator(x)
     if basis is not None:
         x = jnp.tensordot(basis.astype(dtype), x.astype(dtype), 1, precision=HIGHEST)
     mesh = _explicit_mesh(x)
@@ -365,29 +366,54 @@ def _leaf_gramian(x: Array, basis: Basis | None) -> Array:
 
 def _leaf_gramian_blocked(x: Array, basis: Basis | None) -> Array:
     """Gramian of one unsharded stacked leaf, summed over blocks of its columns."""
-    rows = x.reshape(x.shape[0], -1)
-    whole = rows.shape[1] // _BLOCK
+    return _in_blocks([x], lambda rows: _leaf_gramian(rows, basis))
+
+
+def _in_blocks(arrays: Sequence[Array], product: Callable[..., Array]) -> Array:
+    """Sums a product of ``[rows, *shape]`` arrays over blocks of their columns."""
+    flat = [x.reshape(x.shape[0], -1) for x in arrays]
+    whole = flat[0].shape[1] // _BLOCK
     if whole < 2:
-        return _leaf_gramian(rows, basis)
+        return product(*flat)
     head = whole * _BLOCK
 
     def add_block(i: Array, total: Array) -> Array:
         start = (jnp.zeros((), i.dtype), i * _BLOCK)
-        block = lax.dynamic_slice(rows, start, (rows.shape[0], _BLOCK))
-        return total + _leaf_gramian(block, basis)
+        blocks = [lax.dynamic_slice(x, start, (x.shape[0], _BLOCK)) for x in flat]
+        return total + product(*blocks)
 
-    tail = _leaf_gramian(rows[:, head:], basis)
+    tail = product(*[x[:, head:] for x in flat])
     return lax.fori_loop(0, whole, add_block, tail)
+
+
+def _blocks_help() -> bool:
+    # Blocks reshape a leaf, which would gather a sharded one; in a process with one
+    # device nothing is sharded, and only XLA's CPU back end needs them.
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+def inner_products(x: Array, y: Array) -> Array:
+    """``[A, B]``: inner products of the rows of ``x [A, *s]`` with those of ``y``."""
+    dtype = accumulator(x, y)
+
+    def product(a: Array, b: Array) -> Array:
+        axes = tuple(range(1, a.ndim))
+        return lax.dot_general(
+            a,
+            b,
+            ((axes, axes), ((), ())),
+            precision=HIGHEST,
+            preferred_element_type=dtype,
+        )
+
+    return _in_blocks([x, y], product) if _blocks_help() else product(x, y)
 
 
 def _stacked_gramian(
     leaves: Sequence[Array], basis: Basis | None, task_mask: TaskMask | None
 ) -> Array:
-    # Blocks reshape a leaf, which would gather a sharded one; in a process with one
-    # device nothing is sharded, and only XLA's CPU back end needs them.
-    blocked = jax.default_backend() == "cpu" and jax.device_count() == 1
-    one = _leaf_gramian_blocked if blocked else _leaf_gramian
-    dtype = _accumulator(*leaves)
+    one = _leaf_gramian_blocked if _blocks_help() else _leaf_gramian
+    dtype = accumulator(*leaves)
     grams = [one(present_rows(x, task_mask), basis).astype(dtype) for x in leaves]
     total = grams[0]
     for gram in grams[1:]:
@@ -501,8 +527,12 @@ def _by_label(
     return groups
 
 
-def _leaf_weighted_sum(weights: Weights, x: Array) -> Array:
-    dtype = _accumulator(x)
+def mix_rows(weights: Array, x: Array, *, widen: bool = False) -> Array:
+    """Mixes the rows of one stacked leaf by ``weights [T]``, or K times by ``[T, K]``.
+
+    The result has the leaf's dtype; with `widen`, that of the sum (float32 at least).
+    """
+    dtype = accumulator(x)
     mesh = _explicit_mesh(x)
     out = lax.dot_general(
         weights.astype(dtype),
@@ -512,9 +542,14 @@ def _leaf_weighted_sum(weights: Weights, x: Array) -> Array:
         preferred_element_type=dtype,
         out_sharding=None
         if mesh is None
-        else NamedSharding(mesh, PartitionSpec(*jax.typeof(x).sharding.spec[1:])),
+        else NamedSharding(
+            mesh,
+            PartitionSpec(
+                *[None] * (weights.ndim - 1), *jax.typeof(x).sharding.spec[1:]
+            ),
+        ),
     )
-    return out.astype(x.dtype)
+    return out if widen else out.astype(x.dtype)
 
 
 def weighted_sum(
@@ -557,7 +592,27 @@ def weighted_sum(
             out[position] = array
     for position in stacked:
         rows = present_rows(jnp.asarray(leaves[position]), task_mask)
-        out[position] = _leaf_weighted_sum(weights, rows)
+        out[position] = mix_rows(weights, rows)
+    return jax.tree.unflatten(treedef, out)
+
+
+def hold(task_grads: TaskGradients) -> TaskGradients:
+    """The same task gradients, of which a later `weighted_sum` may be cheaper.
+
+    For whoever takes a Gramian and then a combination: an operator with a method
+    ``hold`` keeps what its Gramian leaves behind, if that is worth its memory.
+    """
+    leaves, treedef = flatten(task_grads)
+    out = list(leaves)
+    for operator, at in _by_operator(leaves)[0]:
+        restricted: Any = _restricted(operator, [leaves[i] for i in at])
+        if hasattr(restricted, "hold"):
+            held = restricted.hold()
+            for i in at:
+                leaf = leaves[i]
+                out[i] = LazyTaskGradient(
+                    held, leaf.index, leaf.shape, leaf.dtype, leaf.path
+                )
     return jax.tree.unflatten(treedef, out)
 
 
@@ -621,7 +676,7 @@ def norm(tree: PyTree[Any], axis_name: Any | None = None) -> Float[Array, ""]:
     Inside `jax.shard_map`, `axis_name` names the axes over which leaves are sharded.
     """
     leaves = jax.tree.leaves(tree)
-    dtype = _accumulator(*leaves)
+    dtype = accumulator(*leaves)
     largest = jnp.max(
         jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in leaves])
     )

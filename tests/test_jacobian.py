@@ -328,7 +328,8 @@ def test_low_precision_models(kind):
         p.dtype for p in jax.tree.leaves(params)
     ]
     J = flat(rows)
-    assert_close(gram, J @ J.T, 1e-5)  # of the very rows that `materialize` gives
+    # Layer by layer no row is formed, and so none is rounded as those here are.
+    assert_close(gram, J @ J.T, 1e-2)
     wanted = flat(jax.jacrev(lambda p: jnp.stack(loss_fn(p, x)))(params))
     assert_close(J, wanted, 3e-2)
 

@@ -11,7 +11,7 @@ open was decided here, and is listed in the docstring of `look_ahead_jacobian`.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from mtl_optax.jacobian._losses import (
     scalar_loss,
     split_aux,
 )
-from mtl_optax.jacobian._operators import UNROLL, BaseJacobian, Mode, map_rows
+from mtl_optax.jacobian._operators import UNROLL, BaseJacobian, RowMode, map_rows
 from mtl_optax.jacobian._task_jacobian import batches_by_task, check_options
 from mtl_optax.jacobian._trace import read_traits
 
@@ -43,7 +43,7 @@ def look_ahead_jacobian(
     inner_batch: Any = None,
     has_aux: bool = False,
     in_axes: Sequence[Any] | None = None,
-    mode: Mode | None = None,
+    mode: RowMode | None = None,
 ) -> Callable[..., Any]:
     r"""Task gradients taken after one gradient step of the task's own (Lee & Son 2020).
 
@@ -141,7 +141,7 @@ def look_ahead_jacobian(
     """
     who = "look_ahead_jacobian"
     check_learning_rate(who, inner_learning_rate)
-    check_options(mode, in_axes)
+    check_options(mode, in_axes, modes=get_args(RowMode))
 
     def losses_and_task_grads(params: Params, *args: Any, **kwargs: Any) -> Any:
         check_params(params)
@@ -196,13 +196,13 @@ class _Tasks(NamedTuple):
     isolated: bool
     convolves: bool
 
-    def choose(self, mode: Mode | None) -> Mode:
+    def choose(self, mode: RowMode | None) -> RowMode:
         """The mode asked for, or the default."""
         few = self.batches is None and len(self.names) <= UNROLL
         slow = self.convolves and jax.default_backend() == "cpu"
         return mode or ("unroll" if few or slow else "vmap")
 
-    def map(self, fn: Callable[[Any], Any], mode: Mode) -> Any:
+    def map(self, fn: Callable[[Any], Any], mode: RowMode) -> Any:
         """Applies `fn` to every task and stacks what it returns."""
         if self.batches is not None:
             return map_rows(fn, self.batches, mode)
@@ -355,11 +355,13 @@ class _LookAheadJacobian(BaseJacobian):
       row: ``(params, task) -> scalar`` whose gradient is the row of the task.
       isolates: whether a row, and the inner step before it, holds no other task's
         loss; a mode that goes over all tasks in one graph does not.
+      mode: how tasks are swept; None chooses.
     """
 
     tasks: _Tasks
     row: Callable[[PyTree[Array], Any], Array]
     isolates: bool
+    mode: RowMode | None
 
     def stack(self, *, isolated: bool = False) -> list[Array]:
         del isolated  # rows are as isolated as the losses were
@@ -379,7 +381,7 @@ def _operator(
     tasks: _Tasks,
     look: Callable[[Params, Any], tuple[Array, Array]],
     params: Params,
-    mode: Mode | None,
+    mode: RowMode | None,
 ) -> _LookAheadJacobian:
     chosen = tasks.choose(mode)
     isolates = tasks.batches is not None or (tasks.isolated and chosen == "unroll")

@@ -1,7 +1,7 @@
 """The Jacobian of the task losses as a linear operator that is never stored.
 
-Two operators share one protocol (`mtl_optax._types.TaskJacobian`): several losses of
-one batch, and one batch a task.
+Three operators share one protocol (`mtl_optax._types.TaskJacobian`): several losses of
+one batch, one batch a task, and a Jacobian of which something is held.
 """
 
 import dataclasses
@@ -13,29 +13,58 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from mtl_optax._tree import HIGHEST, gramian, scale_tree
-from mtl_optax._types import Basis, Losses, TaskMask, Weights
+from mtl_optax._tree import (
+    HIGHEST,
+    gramian,
+    mix_rows,
+    present_rows,
+    scale_tree,
+)
+from mtl_optax._types import Basis, Losses, TaskJacobian, TaskMask, Weights
+from mtl_optax.jacobian._layerwise import (
+    Digests,
+    Layers,
+    digest_sweep,
+    run_layers,
+    sweep_combination,
+    sweep_gramian,
+)
+from mtl_optax.jacobian._plan import LeafPlan, plan_leaves
 from mtl_optax.jacobian._trace import Traits
+from mtl_optax.jacobian._uses import Found
 
-Mode: TypeAlias = Literal["vmap", "unroll", "map"]
+Mode: TypeAlias = Literal["layerwise", "vmap", "unroll", "map"]
+RowMode: TypeAlias = Literal["vmap", "unroll", "map"]
 
 # Up to this many tasks a Python loop compiles fast and runs fastest on CPU.
 UNROLL = 4
 
-# Rows of so few tasks are stored for the Gramian up to this size: twice as fast as
-# columns (measured on an MLP of 2M parameters, 2.0 against 4.1 plain steps for T = 2).
-_STORED_BYTES = 64 * 2**20
+# Up to this many, compiling them one by one is worth what it saves on CPU.
+_UNROLL_CONVOLUTIONS = 64
+
+# What a Gramian leaves behind is held for the combination up to this size, and up to
+# so many tasks: a backward pass is then less than 4 % of the step.
+_HELD_BYTES = 128 * 2**20
+_HELD_TASKS = 16
 
 
-def map_rows(fn: Callable[[Any], Any], rows: PyTree[Array], mode: Mode) -> Any:
-    """Applies `fn` to every row of `rows`, in one of the three ways."""
-    if mode == "vmap":
-        return jax.vmap(fn)(rows)
-    if mode == "map":
-        return lax.map(fn, rows)
+def map_rows(
+    fn: Callable[[Any], Any],
+    rows: PyTree[Array],
+    mode: RowMode,
+    batch_size: int | None = None,
+) -> Any:
+    """Applies `fn` to every row of `rows`, in one of the three ways.
+
+    With `batch_size`, to so many at once.
+    """
     length = jax.tree.leaves(rows)[0].shape[0]
-    outs = [fn(jax.tree.map(lambda r, i=i: r[i], rows)) for i in range(length)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+    if mode == "unroll":
+        outs = [fn(jax.tree.map(lambda r, i=i: r[i], rows)) for i in range(length)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+    if mode == "map" or (batch_size is not None and batch_size < length):
+        return lax.map(fn, rows, batch_size=batch_size)
+    return jax.vmap(fn)(rows)
 
 
 def split_unit(weights: Weights, losses: Losses) -> tuple[Array, Array]:
@@ -66,7 +95,6 @@ class BaseJacobian:
       losses: there.
       pullback: ``cotangent [T] -> gradient``, sharing the forward pass of `losses`; a
         combination costs what plain training costs.
-      mode: how rows are swept; None chooses.
       leaves: the leaves it is restricted to.
     """
 
@@ -74,7 +102,6 @@ class BaseJacobian:
     losses: Losses
     pullback: Callable[[Array], PyTree[Array]]
     task_names: tuple[str, ...]
-    mode: Mode | None
     leaves: tuple[int, ...]
 
     @property
@@ -101,12 +128,20 @@ class JointJacobian(BaseJacobian):
       function: the losses as a function of the parameters alone.
       single: ``(params, t) -> scalar``, the loss of task ``t`` with no other loss in
         its graph; None where the losses came as one array.
-      traits: what can be read off the traced losses.
+      traced: `function` of the parameters' leaves as a jaxpr.
+      traits: what can be read off it.
+      found: how it uses each parameter.
+      mode: how the Gramian and rows are taken; None chooses.
+      batch_size: how many tasks are swept at once; None for all.
     """
 
     function: Callable[[PyTree[Array]], Array]
     single: Callable[[PyTree[Array], int], Array] | None
+    traced: Any
     traits: Traits
+    found: Found
+    mode: Mode | None = None
+    batch_size: int | None = None
 
     @property
     def isolates(self) -> bool:
@@ -121,26 +156,79 @@ class JointJacobian(BaseJacobian):
             ]
             return [jnp.stack(leaf) for leaf in zip(*rows, strict=True)]
         basis = like_losses(jnp.eye(self.num_tasks), self.losses)
-        mode = self._mode("vmap")
-        return map_rows(lambda e: self._pick(self.pullback(e)), basis, mode)
+        return map_rows(
+            lambda e: self._pick(self.pullback(e)),
+            basis,
+            self._row_mode(),
+            self.batch_size,
+        )
 
     def gramian(
         self, basis: Basis | None = None, task_mask: TaskMask | None = None
     ) -> Array:
-        by_rows = self.traits.low_precision or self.traits.reverse_only
-        if by_rows or self._stores_rows():
+        if self.mode in ("vmap", "unroll"):
             return gramian(self.stack(), basis=basis, task_mask=task_mask)
-        return self._columns(basis, task_mask)
+        if self.mode == "map":
+            if self.traits.low_precision or self.traits.reverse_only:
+                return gramian(self.stack(), basis=basis, task_mask=task_mask)
+            return self._columns(basis, task_mask)
+        return self._by_layer(basis, task_mask)
 
-    def _stores_rows(self) -> bool:
-        """A few short rows: faster stored than a column at a time."""
-        leaves = jax.tree.leaves(self.params)
-        size = sum(
-            jnp.size(leaves[i]) * jnp.result_type(leaves[i]).itemsize
-            for i in self.leaves
-        )
-        few = self.mode is None and self.num_tasks <= UNROLL
-        return few and self.num_tasks * size <= _STORED_BYTES
+    def hold(self) -> TaskJacobian:
+        """The same Jacobian, holding what saves a later combination a backward pass.
+
+        That is all rows where they are stored anyway, and the cotangents of the layers
+        where there are few.
+        """
+        if self.mode in ("vmap", "unroll"):
+            return HeldRows(self, self.stack())
+        if self.mode is not None or self.num_tasks > _HELD_TASKS or self.batch_size:
+            return self
+        plans = self.plans
+        if sum(plan.bytes for plan in plans) > _HELD_BYTES:
+            return self
+        layers = self._layers(plans)
+        basis = like_losses(jnp.eye(self.num_tasks), self.losses)
+        return HeldSweep(self, layers, self._sweep(layers, basis))
+
+    @property
+    def plans(self) -> tuple[LeafPlan, ...]:
+        """What is done for each leaf when the Gramian is taken layer by layer."""
+        params = jax.tree.leaves(self.params)
+        return plan_leaves(self.found, self.leaves, params, self.num_tasks)
+
+    def _layers(self, plans: Sequence[LeafPlan]) -> Layers:
+        return run_layers(self.traced, jax.tree.leaves(self.params), plans)
+
+    def _sweep(self, layers: Layers, cotangents: Array) -> Digests:
+        # XLA's CPU back end runs convolutions with a task axis badly.
+        loops = self.traits.convolves and jax.default_backend() == "cpu"
+        unrolls = loops and cotangents.shape[0] <= _UNROLL_CONVOLUTIONS
+        swept = map_rows(layers.pullback, cotangents, "unroll" if unrolls else "vmap")
+        return digest_sweep(layers, swept)
+
+    def _by_layer(self, basis: Basis | None, task_mask: TaskMask | None) -> Array:
+        layers = self._layers(self.plans)
+        cotangents = jnp.eye(self.num_tasks) if basis is None else basis
+        cotangents = like_losses(cotangents, self.losses)
+        if task_mask is not None:
+            zero = jnp.zeros((), cotangents.dtype)
+            cotangents = jnp.where(task_mask, cotangents, zero)
+
+        def sweep(cotangents: Array) -> Digests:
+            return self._sweep(layers, cotangents)
+
+        count = cotangents.shape[0]
+        if self.batch_size is None or self.batch_size >= count:
+            digests = sweep(cotangents)
+            gram = sweep_gramian(layers, digests, digests)
+            gram = jnp.broadcast_to(gram, (count, count))
+        else:
+            gram = _in_pairs(layers, sweep, cotangents, self.batch_size)
+        if task_mask is not None and basis is None:
+            both = task_mask[:, None] & task_mask[None, :]
+            gram = jnp.where(both, gram, jnp.zeros((), gram.dtype))
+        return (gram + gram.T) / 2
 
     def _columns(self, basis: Basis | None, task_mask: TaskMask | None) -> Array:
         """``C J (C J)^T``, a column ``J (J^T c)`` at a time: one row in memory."""
@@ -164,20 +252,133 @@ class JointJacobian(BaseJacobian):
             _, pullback = jax.vjp(function, chosen)
             _, pushforward = jax.linearize(function, chosen)
         columns = map_rows(
-            lambda c: pushforward(*pullback(c)), combine, self._mode("map")
+            lambda c: pushforward(*pullback(c)), combine, "map", self.batch_size
         )
         if task_mask is not None:
             columns = jnp.where(task_mask, columns, jnp.zeros((), dtype))
         gram = jnp.matmul(columns, combine.T, precision=HIGHEST)
         return (gram + gram.T) / 2
 
-    def _mode(self, many: Mode) -> Mode:
-        if self.mode is not None:
+    def _row_mode(self) -> RowMode:
+        if self.mode is not None and self.mode != "layerwise":
             return self.mode
-        if many == "vmap" and self.num_tasks <= UNROLL:
-            return "unroll"
-        loops_badly = self.traits.convolves and jax.default_backend() == "cpu"
-        return "vmap" if loops_badly else many
+        return "unroll" if self.num_tasks <= UNROLL else "vmap"
+
+
+def _in_pairs(
+    layers: Layers,
+    sweep: Callable[[Array], Digests],
+    cotangents: Array,
+    batch_size: int,
+) -> Array:
+    """The Gramian from sweeps of a few cotangents, two of them in memory at a time.
+
+    Every pair of sweeps meets once, so with n of them n (n + 1) / 2 are run.
+    """
+    count = cotangents.shape[0]
+    n = -(-count // batch_size)
+    padded = jnp.pad(cotangents, ((0, n * batch_size - count), (0, 0)))
+    chunks = padded.reshape(n, batch_size, -1)
+    dtype = jnp.result_type(jnp.float32, cotangents.dtype)
+
+    def put(total: Array, block: Array, i: Any, j: Any) -> Array:
+        block = jnp.broadcast_to(block.astype(dtype), (batch_size, batch_size))
+        return lax.dynamic_update_slice(total, block, (i * batch_size, j * batch_size))
+
+    def row(total: Array, i: Array) -> tuple[Array, None]:
+        left = sweep(chunks[i])
+        total = put(total, sweep_gramian(layers, left, left), i, i)
+
+        def meet(j: Array, total: Array) -> Array:
+            right = sweep(chunks[j])
+            return put(total, sweep_gramian(layers, left, right), i, j)
+
+        return lax.fori_loop(i + 1, n, meet, total), None
+
+    start = jnp.zeros((n * batch_size, n * batch_size), dtype)
+    gram = lax.scan(row, start, jnp.arange(n))[0]
+    block = jnp.arange(n * batch_size) // batch_size
+    gram = jnp.where(block[:, None] <= block[None, :], gram, gram.T)
+    return gram[:count, :count]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Held:
+    """A Jacobian of which something is held; rows are those of `base`."""
+
+    base: "JointJacobian | SeparateJacobian"
+
+    @property
+    def num_tasks(self) -> int:
+        return self.base.num_tasks
+
+    @property
+    def losses(self) -> Losses:
+        return self.base.losses
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return self.base.task_names
+
+    @property
+    def isolates(self) -> bool:
+        return self.base.isolates
+
+    def stack(self, *, isolated: bool = False) -> list[Array]:
+        return self.base.stack(isolated=isolated)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldRows(Held):
+    """All rows are held."""
+
+    rows: list[Array]
+
+    def restrict(self, leaves: Sequence[int]) -> "HeldRows":
+        at = [self.base.leaves.index(leaf) for leaf in leaves]
+        return HeldRows(self.base.restrict(leaves), [self.rows[k] for k in at])
+
+    def gramian(
+        self, basis: Basis | None = None, task_mask: TaskMask | None = None
+    ) -> Array:
+        return gramian(self.rows, basis=basis, task_mask=task_mask)
+
+    def combine(self, weights: Weights) -> list[Array]:
+        return [mix_rows(weights, rows) for rows in self.rows]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldSweep(Held):
+    """What one sweep of all tasks left behind is held."""
+
+    layers: Layers
+    digests: Digests
+
+    def restrict(self, leaves: Sequence[int]) -> "HeldSweep":
+        at = [self.base.leaves.index(leaf) for leaf in leaves]
+        layers = self.layers._replace(plans=tuple(self.layers.plans[k] for k in at))
+        digests = [self.digests[k] for k in at]
+        return HeldSweep(self.base.restrict(leaves), layers, digests)
+
+    def gramian(
+        self, basis: Basis | None = None, task_mask: TaskMask | None = None
+    ) -> Array:
+        digests, count = self.digests, self.num_tasks
+        if basis is not None:
+            if task_mask is not None:
+                basis = jnp.where(task_mask, basis, jnp.zeros((), basis.dtype))
+                digests = jax.tree.map(lambda x: present_rows(x, task_mask), digests)
+            count = basis.shape[0]
+            digests = jax.tree.map(lambda x: mix_rows(basis.T, x, widen=True), digests)
+        gram = sweep_gramian(self.layers, digests, digests)
+        gram = jnp.broadcast_to(gram, (count, count))
+        if task_mask is not None and basis is None:
+            both = task_mask[:, None] & task_mask[None, :]
+            gram = jnp.where(both, gram, jnp.zeros((), gram.dtype))
+        return (gram + gram.T) / 2
+
+    def combine(self, weights: Weights) -> list[Array]:
+        return sweep_combination(self.layers, self.digests, weights)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -190,10 +391,14 @@ class SeparateJacobian(BaseJacobian):
     Attributes:
       function: the loss of one task as a function of the parameters and its batch.
       batches: the mapped arguments, task axis first.
+      mode: how rows are taken; None chooses.
+      batch_size: how many tasks are swept at once; None for all.
     """
 
     function: Callable[[PyTree[Array], Any], Array]
     batches: Any
+    mode: Mode | None = None
+    batch_size: int | None = None
 
     isolates = True
 
@@ -203,10 +408,17 @@ class SeparateJacobian(BaseJacobian):
         return map_rows(
             lambda batch: self._pick(row(self.params, batch)),
             self.batches,
-            self.mode or "vmap",
+            "vmap" if self.mode is None or self.mode == "layerwise" else self.mode,
+            self.batch_size,
         )
 
     def gramian(
         self, basis: Basis | None = None, task_mask: TaskMask | None = None
     ) -> Array:
         return gramian(self.stack(), basis=basis, task_mask=task_mask)
+
+    def hold(self) -> TaskJacobian:
+        """The same Jacobian with its rows held where that was asked for."""
+        if self.mode in ("vmap", "unroll"):
+            return HeldRows(self, self.stack())
+        return self

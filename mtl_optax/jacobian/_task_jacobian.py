@@ -1,5 +1,6 @@
 """`task_jacobian`: from a function of several losses to lazy task gradients."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from mtl_optax._arguments import check_count
 from mtl_optax._tree import lazy_tree, materialize
 from mtl_optax.jacobian._losses import (
     check_dependence,
@@ -17,6 +19,7 @@ from mtl_optax.jacobian._losses import (
 )
 from mtl_optax.jacobian._operators import JointJacobian, Mode, SeparateJacobian
 from mtl_optax.jacobian._trace import read_traits
+from mtl_optax.jacobian._uses import find_uses
 
 
 def task_jacobian(
@@ -26,6 +29,7 @@ def task_jacobian(
     argnums: int | Sequence[int] = 0,
     in_axes: Sequence[Any] | None = None,
     mode: Mode | None = None,
+    batch_size: int | None = None,
 ) -> Callable[..., Any]:
     r"""Task losses and their Jacobian, as `jax.value_and_grad` gives value and grad.
 
@@ -47,12 +51,18 @@ def task_jacobian(
         argument runs over tasks, e.g. ``(None, 0)``; the differentiated argument is
         shared (None), keyword arguments are too. `loss_fn` then sees one task, and
         each task runs forward and backward on its own batch only; aux is stacked.
-      mode: how rows are swept: ``"vmap"`` (one batched pass, most memory),
-        ``"unroll"`` (a Python loop: best for convolutions on CPU, compiles longer),
-        ``"map"`` (`lax.map`: least memory). The default takes a Gramian one row at a
-        time, except that up to 4 rows of 64 MiB in all are stored, which is twice as
-        fast (stacked gradients are faster still, by one backward pass); rows that are
-        asked for are unrolled up to 4 tasks and vmapped beyond.
+      mode: how the Gramian and rows are taken; `mtl_optax.explain` says what the
+        default does with your network. ``"layerwise"``: the Gramian from each layer's
+        inputs and task cotangents, which forms no gradients where that is cheaper and
+        stores none; one more backward pass combines. ``"vmap"``, ``"unroll"``: all
+        rows are stored, from one batched pass or a Python loop (compiles longer), and
+        serve both. ``"map"``: one row at a time, a backward and a forward pass for
+        each: least memory, most time. The default is ``"layerwise"``, but keeps the
+        cotangents for the combination where tasks are few; rows that are asked for
+        (`materialize`) are unrolled up to 4 tasks and vmapped beyond.
+      batch_size: how many tasks are swept at once, as in `jax.lax.map`. Rows cost the
+        same time; a layer-wise Gramian of T tasks in n sweeps costs (n + 1) / 2 times
+        the time, since every pair of sweeps must meet. Default: all tasks.
 
     Returns:
       a function of `loss_fn`'s arguments that gives ``(losses [T], task_grads)``, with
@@ -80,6 +90,8 @@ def task_jacobian(
       >>> updates, state = tx.update(task_grads, tx.init(params), params)
     """
     check_options(mode, in_axes)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     def losses_and_task_grads(*args: Any, **kwargs: Any) -> Any:
@@ -104,11 +116,12 @@ def task_jacobian(
 
         operator: JointJacobian | SeparateJacobian
         if in_axes is None:
-            losses, aux, operator = _joint(call, args, params, has_aux, mode)
+            losses, aux, operator = _joint(call, args, params, has_aux)
         else:
             losses, aux, operator = _separate(
-                call, args, params, has_aux, mode, tuple(in_axes), at
+                call, args, params, has_aux, tuple(in_axes), at
             )
+        operator = dataclasses.replace(operator, mode=mode, batch_size=batch_size)
         task_grads = lazy_tree(operator, params)
         return ((losses, aux) if has_aux else losses), task_grads
 
@@ -122,6 +135,7 @@ def value_and_task_grads(
     argnums: int | Sequence[int] = 0,
     in_axes: Sequence[Any] | None = None,
     mode: Mode | None = None,
+    batch_size: int | None = None,
 ) -> Callable[..., Any]:
     """As `task_jacobian`, but with task gradients as arrays ``[T, *param.shape]``.
 
@@ -139,7 +153,12 @@ def value_and_task_grads(
              [1., 1.]], dtype=float32)
     """
     lazy = task_jacobian(
-        loss_fn, has_aux=has_aux, argnums=argnums, in_axes=in_axes, mode=mode
+        loss_fn,
+        has_aux=has_aux,
+        argnums=argnums,
+        in_axes=in_axes,
+        mode=mode,
+        batch_size=batch_size,
     )
 
     def losses_and_stacked_grads(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +173,6 @@ def _joint(
     args: Sequence[Any],
     params: PyTree[Array],
     has_aux: bool,
-    mode: Mode | None,
 ) -> tuple[Array, Any, JointJacobian]:
     found: dict[str, Any] = {}
 
@@ -172,7 +190,8 @@ def _joint(
         losses, _ = split_aux(call(params, args), has_aux)
         return jax.tree.leaves(losses)[task]
 
-    traits = read_traits(jax.make_jaxpr(function)(params))
+    traced = jax.make_jaxpr(function)(params)
+    traits = read_traits(traced)
     check_dependence(traits.depends)
     losses, vjp, aux = jax.vjp(vector_and_aux, params, has_aux=True)
     operator = JointJacobian(
@@ -182,8 +201,9 @@ def _joint(
         losses=losses,
         pullback=lambda cotangent: vjp(cotangent)[0],
         task_names=found["names"],
+        traced=traced,
         traits=traits,
-        mode=mode,
+        found=find_uses(traced),
         leaves=tuple(range(len(jax.tree.leaves(params)))),
     )
     return losses, aux, operator
@@ -194,7 +214,6 @@ def _separate(
     args: Sequence[Any],
     params: PyTree[Array],
     has_aux: bool,
-    mode: Mode | None,
     in_axes: tuple[Any, ...],
     at: Sequence[int],
 ) -> tuple[Array, Any, SeparateJacobian]:
@@ -220,16 +239,17 @@ def _separate(
         losses=losses,
         pullback=lambda cotangent: vjp(cotangent)[0],
         task_names=tuple(str(t) for t in range(losses.shape[0])),
-        mode=mode,
         leaves=tuple(range(len(jax.tree.leaves(params)))),
     )
     return losses, aux, operator
 
 
-def check_options(mode: Mode | None, in_axes: Any) -> None:
+def check_options(
+    mode: Any, in_axes: Any, *, modes: tuple[str, ...] = get_args(Mode)
+) -> None:
     """Raises unless `mode` and `in_axes` are what every entry point takes."""
-    if mode is not None and mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {get_args(Mode)} or None, got {mode!r}.")
+    if mode is not None and mode not in modes:
+        raise ValueError(f"mode must be one of {modes} or None, got {mode!r}.")
     if in_axes is not None and not isinstance(in_axes, (tuple, list)):
         raise TypeError(
             "in_axes must be a tuple with one entry a positional argument, such as "

@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+# Calls whose body may be walked in place: they take and give what the body does.
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
+REMAT = frozenset({"remat", "remat2", "checkpoint"})
 
 
 class Traits(NamedTuple):
@@ -26,7 +31,7 @@ class Traits(NamedTuple):
 
 
 def read_traits(closed_jaxpr: Any) -> Traits:
-    jaxpr = _open(closed_jaxpr)
+    jaxpr = open_jaxpr(closed_jaxpr)
     equations = list(_walk(jaxpr))
     names = {eqn.primitive.name for eqn in equations}
     outputs = [v.aval for eqn in equations for v in eqn.outvars]
@@ -38,8 +43,53 @@ def read_traits(closed_jaxpr: Any) -> Traits:
     )
 
 
-def _open(jaxpr: Any) -> Any:
+def open_jaxpr(jaxpr: Any) -> Any:
+    """The jaxpr without its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def consts_of(jaxpr: Any) -> list[Any]:
+    """The constants that a jaxpr carries with it, if it does."""
+    return list(getattr(jaxpr, "consts", None) or ())
+
+
+def call_equation(eqn: Any, values: list[Any]) -> list[Any]:
+    """Evaluates one equation on values for all of its inputs, literals included.
+
+    As a jaxpr of its own, since the parameters of primitives' own `bind` change
+    between JAX releases.
+    """
+    variables = [v for v in eqn.invars if not isinstance(v, Literal)]
+    given = [
+        x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)
+    ]
+    inputs = dict(zip(variables, given, strict=True))
+    alone = jax.make_jaxpr(lambda: ())().jaxpr.replace(
+        invars=list(inputs), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
+    )
+    return list(jaxpr_as_fun(ClosedJaxpr(alone, ()))(*inputs.values()))
+
+
+class ScanLayout(NamedTuple):
+    """How many inputs of a scan are constants and carried; the rest is sliced."""
+
+    num_consts: int
+    num_carry: int
+
+
+def scan_layout(eqn: Any) -> ScanLayout:
+    """Read off shapes, since the names of a scan's parameters change between releases.
+
+    What is sliced or stacked has one axis more outside than inside.
+    """
+    body = open_jaxpr(eqn.params["jaxpr"])
+    num_carry = _same_shapes(eqn.outvars, body.outvars)
+    return ScanLayout(_same_shapes(eqn.invars, body.invars) - num_carry, num_carry)
+
+
+def _same_shapes(outer: list[Any], inner: list[Any]) -> int:
+    pairs = zip(outer, inner, strict=True)
+    return sum(a.aval.shape == b.aval.shape for a, b in pairs)
 
 
 def _is_low(aval: Any) -> bool:
@@ -54,7 +104,7 @@ def _is_low(aval: Any) -> bool:
 def _inner(eqn: Any) -> Iterator[Any]:
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
-            inner = _open(item)
+            inner = open_jaxpr(item)
             if hasattr(inner, "eqns") and hasattr(inner, "invars"):
                 yield inner
 

@@ -166,11 +166,9 @@ class JointJacobian(BaseJacobian):
     def gramian(
         self, basis: Basis | None = None, task_mask: TaskMask | None = None
     ) -> Array:
-        if self.mode in ("vmap", "unroll"):
+        if self.stores_rows:
             return gramian(self.stack(), basis=basis, task_mask=task_mask)
         if self.mode == "map":
-            if self.traits.low_precision or self.traits.reverse_only:
-                return gramian(self.stack(), basis=basis, task_mask=task_mask)
             return self._columns(basis, task_mask)
         return self._by_layer(basis, task_mask)
 
@@ -180,16 +178,26 @@ class JointJacobian(BaseJacobian):
         That is all rows where they are stored anyway, and the cotangents of the layers
         where there are few.
         """
-        if self.mode in ("vmap", "unroll"):
+        if self.stores_rows:
             return HeldRows(self, self.stack())
-        if self.mode is not None or self.num_tasks > _HELD_TASKS or self.batch_size:
-            return self
         plans = self.plans
-        if sum(plan.bytes for plan in plans) > _HELD_BYTES:
+        if not self.holds(plans):
             return self
         layers = self._layers(plans)
         basis = like_losses(jnp.eye(self.num_tasks), self.losses)
         return HeldSweep(self, layers, self._sweep(layers, basis))
+
+    @property
+    def stores_rows(self) -> bool:
+        """Whether all rows are in memory at once."""
+        no_forward = self.traits.low_precision or self.traits.reverse_only
+        return self.mode in ("vmap", "unroll") or (self.mode == "map" and no_forward)
+
+    def holds(self, plans: Sequence[LeafPlan]) -> bool:
+        """Whether `hold` keeps what layers leave behind."""
+        small = sum(plan.bytes for plan in plans) <= _HELD_BYTES
+        few = self.num_tasks <= _HELD_TASKS and self.batch_size is None
+        return self.mode is None and few and small
 
     @property
     def plans(self) -> tuple[LeafPlan, ...]:
@@ -418,7 +426,13 @@ class SeparateJacobian(BaseJacobian):
         return gramian(self.stack(), basis=basis, task_mask=task_mask)
 
     def hold(self) -> TaskJacobian:
-        """The same Jacobian with its rows held where that was asked for."""
-        if self.mode in ("vmap", "unroll"):
-            return HeldRows(self, self.stack())
-        return self
+        """The same Jacobian with its rows held, where there is room for them."""
+        return HeldRows(self, self.stack()) if self.stores_rows else self
+
+    @property
+    def stores_rows(self) -> bool:
+        """Whether all rows are in memory at once."""
+        params = jax.tree.leaves(self.params)
+        size = sum(params[k].size * params[k].dtype.itemsize for k in self.leaves)
+        small = self.batch_size is None and self.num_tasks * size <= _HELD_BYTES
+        return self.mode in ("vmap", "unroll") or (self.mode is None and small)

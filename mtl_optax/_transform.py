@@ -198,7 +198,9 @@ def from_weighting(
     ) -> tuple[Updates, CombinerState]:
         told = method.read(task_grads, state, params, losses, task_mask, extra)
         if sees_gramian:
-            task_grads = hold(task_grads)
+            # Gramians over several devices are taken from rows, which serve twice.
+            rows = axis_name is not None
+            task_grads = materialize(task_grads) if rows else hold(task_grads)
         weights, state = method.weigh(task_grads, state, told, extra)
         return method.combine(weights, task_grads, state, told)
 

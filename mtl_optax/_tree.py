@@ -308,6 +308,54 @@ def accumulator(*arrays: Array) -> DType:
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
 
 
+def varies_over(aval: Any) -> frozenset[Any]:
+    """Mesh axes of a `jax.shard_map` over whose devices values of this type differ.
+
+    Empty where JAX does not track that (``check_vma=False``).
+    """
+    tracked = getattr(aval, "manual_axis_type", None)  # older JAX: on the type itself
+    found = getattr(aval, "vma", ()) if tracked is None else tracked.varying
+    return frozenset(found)
+
+
+def _axes_to_sum(x: Array, axis_name: Any) -> tuple[Any, ...]:
+    """Those of the mesh axes `axis_name` of which every device holds a part of `x`.
+
+    An array that every device holds whole counts once. Where JAX does not track that,
+    all arrays count as parts.
+    """
+    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    parts = varies_over(jax.typeof(x))
+    return tuple(
+        name
+        for name in names
+        if name in parts or name not in varies_over(jax.typeof(lax.axis_index(name)))
+    )
+
+
+def _by_axes(
+    arrays: Sequence[Array], axis_name: Any
+) -> dict[tuple[Any, ...], list[Array]]:
+    """Groups arrays by the axes over which what is taken of them must be summed."""
+    groups: dict[tuple[Any, ...], list[Array]] = {}
+    for array in arrays:
+        axes = () if axis_name is None else _axes_to_sum(array, axis_name)
+        groups.setdefault(axes, []).append(array)
+    return groups
+
+
+def on_every_device(x: Array) -> Array:
+    """`x` whole on every device, where the compiler chooses (Auto axes of a mesh).
+
+    Small arrays over tasks would else be sharded as a sharded task axis is, and every
+    product in a solver's loop would go through the network.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Auto not in mesh.axis_types:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
 def _explicit_mesh(x: Array) -> Any | None:
     mesh = jax.typeof(x).sharding.mesh
     return mesh if AxisType.Explicit in mesh.axis_types else None
@@ -395,6 +443,7 @@ def _blocks_help() -> bool:
 def inner_products(x: Array, y: Array) -> Array:
     """``[A, B]``: inner products of the rows of ``x [A, *s]`` with those of ``y``."""
     dtype = accumulator(x, y)
+    mesh = _explicit_mesh(x)
 
     def product(a: Array, b: Array) -> Array:
         axes = tuple(range(1, a.ndim))
@@ -404,6 +453,9 @@ def inner_products(x: Array, y: Array) -> Array:
             ((axes, axes), ((), ())),
             precision=HIGHEST,
             preferred_element_type=dtype,
+            out_sharding=None
+            if mesh is None
+            else NamedSharding(mesh, PartitionSpec(None, None)),
         )
 
     return _in_blocks([x, y], product) if _blocks_help() else product(x, y)
@@ -497,6 +549,10 @@ def gramian(
     leaves = jax.tree.leaves(task_grads)
     if not leaves:
         raise ValueError("gramian: the tree of task gradients has no leaves.")
+    if axis_name is not None:
+        # From rows: an operator's own Gramian goes through the losses, and so through
+        # their collectives, which may have summed it already.
+        return _summed_gramian(materialize(leaves), basis, task_mask, axis_name)
     groups, stacked = _by_operator(leaves)
     grams = [
         _restricted(op, [leaves[i] for i in at]).gramian(basis, task_mask)
@@ -504,11 +560,25 @@ def gramian(
     ]
     if stacked:
         arrays = [jnp.asarray(leaves[i]) for i in stacked]
-        grams.append(_stacked_gramian(arrays, basis, task_mask))
+        given = None if basis is None else on_every_device(basis)
+        grams.append(on_every_device(_stacked_gramian(arrays, given, task_mask)))
     total = grams[0]
     for gram in grams[1:]:
         total = total + gram
-    return total if axis_name is None else lax.psum(total, axis_name)
+    return total
+
+
+def _summed_gramian(
+    rows: Sequence[Array], basis: Basis | None, task_mask: TaskMask | None, axis: Any
+) -> Array:
+    """Gramian of rows of which the devices of a `jax.shard_map` hold parts."""
+    grams = [
+        lax.psum(gram, axes) if axes else gram
+        for axes, arrays in _by_axes(rows, axis).items()
+        for gram in [_stacked_gramian(arrays, basis, task_mask)]
+    ]
+    dtype = accumulator(*grams)
+    return sum((gram.astype(dtype) for gram in grams), jnp.zeros((), dtype))
 
 
 def _by_label(
@@ -592,7 +662,7 @@ def weighted_sum(
             out[position] = array
     for position in stacked:
         rows = present_rows(jnp.asarray(leaves[position]), task_mask)
-        out[position] = mix_rows(weights, rows)
+        out[position] = mix_rows(on_every_device(weights), rows)
     return jax.tree.unflatten(treedef, out)
 
 
@@ -681,13 +751,14 @@ def norm(tree: PyTree[Any], axis_name: Any | None = None) -> Float[Array, ""]:
         jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in leaves])
     )
     if axis_name is not None:
+        # Also over arrays that every device holds whole: their largest is the same.
         largest = lax.pmax(largest, axis_name)
     unit = jnp.where(largest > 0, largest, jnp.ones((), dtype))
-    total = jnp.sum(
-        jnp.stack([jnp.sum(jnp.square(x.astype(dtype) / unit)) for x in leaves])
-    )
-    if axis_name is not None:
-        total = lax.psum(total, axis_name)
+    total = jnp.zeros((), dtype)
+    for axes, arrays in _by_axes(leaves, axis_name).items():
+        squares = [jnp.sum(jnp.square(x.astype(dtype) / unit)) for x in arrays]
+        part = jnp.sum(jnp.stack(squares))
+        total = total + (lax.psum(part, axes) if axes else part)
     return unit * jnp.sqrt(total)
 
 

@@ -30,6 +30,10 @@ from mtl_optax.jacobian._uses import Use, dot_roles
 LayerWay: TypeAlias = Literal["kernel", "rows", "lookup"]
 
 
+# Tasks whose cotangents go through a layer's Gram matrix at a time.
+_TOGETHER = 8
+
+
 class Size(NamedTuple):
     """What one layer's share of the Gramian is made of.
 
@@ -125,8 +129,16 @@ def digested_gramian(
     )
     kernels = [_dot(x, x, axes, dtype) for x in seen]
     kernel = sum(kernels[1:], kernels[0])  # [B, N, N]
-    through = _dot(kernel, right, (((2,), (2,)), ((0,), (1,))), dtype)  # [B, N, T, O]
-    return _dot(left, through, (((1, 2, 3), (0, 1, 3)), ((), ())), dtype)
+
+    # A few tasks at a time: all would take as much memory as their cotangents again.
+    columns = []
+    for first in range(0, right.shape[0], _TOGETHER):
+        some = right[first : first + _TOGETHER]
+        through = _dot(
+            kernel, some, (((2,), (2,)), ((0,), (1,))), dtype
+        )  # [B, N, t, O]
+        columns.append(inner_products(left, jnp.moveaxis(through, 2, 0)))
+    return columns[0] if len(columns) == 1 else jnp.concatenate(columns, 1)
 
 
 def weight_gradient(
@@ -160,10 +172,25 @@ def weight_gradient(
 def _rows(x: Array, d: Array) -> Float[Array, "tasks pieces outputs inputs"]:
     dtype = accumulator(x, d)
     axes = ((1,), (1,)), ((0,), (0,))
-    # All tasks in one product would copy all cotangents first on CPU.
-    if jax.default_backend() == "cpu":
-        return lax.map(lambda d: _dot(d, x, axes, dtype), d)
-    return jax.vmap(lambda d: _dot(d, x, axes, dtype))(d)
+    if jax.default_backend() != "cpu":
+        return jax.vmap(lambda d: _dot(d, x, axes, dtype))(d)
+    # All tasks in one product would copy all cotangents first on CPU, and `lax.map`
+    # would have room for its results from the start of the program on.
+    shape = (*d.shape[:2], d.shape[3], x.shape[2])
+    room = jnp.broadcast_to(late_zero(d).astype(dtype), shape)
+
+    def put(task: Array, rows: Array) -> Array:
+        one = lax.dynamic_index_in_dim(d, task, keepdims=False)
+        return lax.dynamic_update_index_in_dim(rows, _dot(one, x, axes, dtype), task, 0)
+
+    return lax.fori_loop(0, d.shape[0], put, room)
+
+
+def late_zero(x: Array) -> Float[Array, ""]:
+    """A zero that XLA can't know before `x`, to order what would not wait for it."""
+    first = x[(0,) * x.ndim]
+    never = first < -jnp.finfo(first.dtype).max / 2
+    return jnp.where(never, first, jnp.zeros((), first.dtype))
 
 
 def _dot(a: Array, b: Array, axes: Any, dtype: DType) -> Array:

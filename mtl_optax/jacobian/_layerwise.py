@@ -3,6 +3,9 @@
 One forward pass and one sweep of T cotangents give, at the probe of every layer, what
 its share of the Gramian needs (`_layers`); a parameter that is not understood
 (`_uses`) has its task gradients carried by the same sweep, for itself alone.
+
+Where nothing of the sweep is wanted afterwards, a layer is tapped instead: its share is
+added up on the way back, and its cotangents are forgotten before the next layer's.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,17 +13,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from mtl_optax._tree import inner_products, mix_rows
+from mtl_optax._tree import accumulator, inner_products, mix_rows
 from mtl_optax.jacobian._layers import (
     digest,
     digested_gramian,
+    late_zero,
     weight_gradient,
 )
-from mtl_optax.jacobian._plan import LeafPlan
+from mtl_optax.jacobian._plan import LeafPlan, layer_way
 from mtl_optax.jacobian._probes import Inputs, run_probed, zero_probes
-from mtl_optax.jacobian._uses import Place
+from mtl_optax.jacobian._uses import Place, View
 
 # One array a plan, tasks first; None for a leaf that no loss reads.
 Digests: TypeAlias = list[Array | None]
@@ -32,10 +37,12 @@ class Sweep(NamedTuple):
     Attributes:
       cotangents: at the probes, by place.
       rows: task gradients of the leaves whose way is ``"direct"``, by leaf.
+      gram: shares of the Gramian of tapped layers, a row for each cotangent.
     """
 
     cotangents: dict[Place, Array]
     rows: dict[int, Array]
+    gram: Array
 
 
 class Layers(NamedTuple):
@@ -55,26 +62,89 @@ class Layers(NamedTuple):
 
 
 def run_layers(
-    closed_jaxpr: Any, params: Sequence[Array], plans: Sequence[LeafPlan]
+    closed_jaxpr: Any,
+    params: Sequence[Array],
+    plans: Sequence[LeafPlan],
+    *,
+    taps: int | None = None,
 ) -> Layers:
-    """Runs the traced losses forward with a probe at every layer of the plans."""
+    """Runs the traced losses forward with a probe or a tap at every layer of the plans.
+
+    Args:
+      closed_jaxpr: the traced losses.
+      params: their arguments.
+      plans: of the leaves.
+      taps: the number of cotangents that `sweep_layers` will be given, to tap layers
+        where that is possible; by default all have probes.
+    """
+    tapped = [p for p in plans if taps is not None and _can_tap(p)]
+    places = {plan.uses[0].place for plan in tapped}
     uses = [use for plan in plans for use in plan.uses]
     direct = {plan.leaf: params[plan.leaf] for plan in plans if plan.way == "direct"}
 
     def losses(
-        direct: dict[int, Array], probes: dict[Place, Array]
+        direct: dict[int, Array], probes: dict[Place, Array], row: Array
     ) -> tuple[Array, Inputs]:
         merged = [direct.get(leaf, param) for leaf, param in enumerate(params)]
-        (vector,), inputs = run_probed(closed_jaxpr, merged, uses, probes)
+        made = {plan.uses[0].place: _tap(plan, row) for plan in tapped}
+        (vector,), inputs = run_probed(closed_jaxpr, merged, uses, probes, made)
         return vector, inputs
 
-    _, vjp, inputs = jax.vjp(losses, direct, zero_probes(uses), has_aux=True)
+    probes = zero_probes([use for use in uses if use.place not in places])
+    dtype = accumulator(*(params[plan.leaf] for plan in plans))
+    row = jnp.zeros((0 if taps is None else taps,), dtype)
+    _, vjp, inputs = jax.vjp(losses, direct, probes, row, has_aux=True)
 
     def pullback(cotangent: Array) -> Sweep:
-        rows, cotangents = vjp(cotangent)
-        return Sweep(cotangents, rows)
+        rows, cotangents, gram = vjp(cotangent)
+        return Sweep(cotangents, rows, gram)
 
-    return Layers(tuple(plans), params, inputs, pullback)
+    probed = tuple(plan for plan in plans if plan not in tapped)
+    return Layers(probed, params, inputs, pullback)
+
+
+def sweep_layers(layers: Layers, cotangents: Array) -> Sweep:
+    """Sweeps all cotangents at once."""
+    sweep: Sweep = jax.vmap(layers.pullback, axis_name=_TASKS)(cotangents)
+    return sweep
+
+
+# The task axis has a name inside a sweep, by which taps see all cotangents.
+_TASKS = "mtl_optax_tasks"
+
+
+def _can_tap(plan: LeafPlan) -> bool:
+    """Whether one place sees all that its share of the Gramian depends on."""
+    return len(plan.uses) == 1 and all(loop.sliced for loop in plan.uses[0].loops)
+
+
+def _tap(plan: LeafPlan, row: Array) -> Callable[[Array, list[Array]], Array]:
+    """Gives a layer's output back, and sends its share of the Gramian to `row`."""
+    # Inside the rounds of its loops there are none.
+    views = tuple(step for step in plan.uses[0].steps if isinstance(step, View))
+    uses = [plan.uses[0]._replace(steps=views)]
+
+    @jax.custom_vjp
+    def tap(output: Array, inputs: list[Array], row: Array) -> Array:
+        del inputs, row
+        return output
+
+    def forward(output: Array, inputs: list[Array], row: Array) -> tuple[Array, Any]:
+        return output, (inputs, row)
+
+    def backward(saved: Any, cotangent: Array) -> tuple[Array, None, Array]:
+        inputs, row = saved
+        all_tasks = lax.all_gather(cotangent, _TASKS)
+        digests = digest(layer_way(plan), uses, [inputs], [all_tasks])
+        gram = digested_gramian(layer_way(plan), uses, [inputs], digests, digests)
+        # The cotangent waits for the share, lest XLA go on with it first and keep the
+        # cotangents of all layers.
+        wait = late_zero(gram)
+        own = gram[lax.axis_index(_TASKS)].astype(row.dtype)
+        return cotangent + wait.astype(cotangent.dtype), None, own
+
+    tap.defvjp(forward, backward)
+    return lambda output, inputs: tap(output, inputs, row)
 
 
 def digest_sweep(layers: Layers, sweep: Sweep) -> Digests:
@@ -88,7 +158,7 @@ def digest_sweep(layers: Layers, sweep: Sweep) -> Digests:
         else:
             cotangents = [sweep.cotangents[use.place] for use in plan.uses]
             inputs = [layers.inputs[use.place] for use in plan.uses]
-            digests.append(digest(plan.way, plan.uses, inputs, cotangents))
+            digests.append(digest(layer_way(plan), plan.uses, inputs, cotangents))
     return digests
 
 
@@ -105,7 +175,7 @@ def sweep_gramian(layers: Layers, left: Digests, right: Digests) -> Array:
             grams.append(inner_products(a, b))
         else:
             inputs = [layers.inputs[use.place] for use in plan.uses]
-            grams.append(digested_gramian(plan.way, plan.uses, inputs, a, b))
+            grams.append(digested_gramian(layer_way(plan), plan.uses, inputs, a, b))
     dtype = jnp.result_type(jnp.float32, *(gram.dtype for gram in grams))
     return sum((gram.astype(dtype) for gram in grams), jnp.zeros((), dtype))
 
@@ -124,5 +194,7 @@ def sweep_combination(
         else:
             inputs = [layers.inputs[use.place] for use in plan.uses]
             mixed = mix_rows(weights, rows, widen=True)
-            combined.append(weight_gradient(plan.way, plan.uses, inputs, mixed, param))
+            combined.append(
+                weight_gradient(layer_way(plan), plan.uses, inputs, mixed, param)
+            )
     return combined

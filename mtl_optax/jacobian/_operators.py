@@ -28,6 +28,7 @@ from mtl_optax.jacobian._layerwise import (
     run_layers,
     sweep_combination,
     sweep_gramian,
+    sweep_layers,
 )
 from mtl_optax.jacobian._plan import LeafPlan, plan_leaves
 from mtl_optax.jacobian._trace import Traits
@@ -41,6 +42,10 @@ UNROLL = 4
 
 # Up to this many, compiling them one by one is worth what it saves on CPU.
 _UNROLL_CONVOLUTIONS = 64
+
+# Meeting in pairs, more sweeps than these cost more than a backward and a forward pass
+# for every task.
+_PAIRED = 7
 
 # What a Gramian leaves behind is held for the combination up to this size, and up to
 # so many tasks: a backward pass is then less than 4 % of the step.
@@ -168,7 +173,7 @@ class JointJacobian(BaseJacobian):
     ) -> Array:
         if self.stores_rows:
             return gramian(self.stack(), basis=basis, task_mask=task_mask)
-        if self.mode == "map":
+        if self.takes_columns:
             return self._columns(basis, task_mask)
         return self._by_layer(basis, task_mask)
 
@@ -190,8 +195,21 @@ class JointJacobian(BaseJacobian):
     @property
     def stores_rows(self) -> bool:
         """Whether all rows are in memory at once."""
-        no_forward = self.traits.low_precision or self.traits.reverse_only
-        return self.mode in ("vmap", "unroll") or (self.mode == "map" and no_forward)
+        if self.mode == "map":
+            return not self.takes_columns
+        return self.mode in ("vmap", "unroll")
+
+    @property
+    def takes_columns(self) -> bool:
+        """Whether the Gramian is taken a few columns at a time.
+
+        Columns need forward mode, and are not exact in low precision.
+        """
+        if self.traits.low_precision or self.traits.reverse_only:
+            return False
+        if self.mode is None and self.batch_size is not None:
+            return self.num_tasks > _PAIRED * self.batch_size
+        return self.mode == "map"
 
     def holds(self, plans: Sequence[LeafPlan]) -> bool:
         """Whether `hold` keeps what layers leave behind."""
@@ -205,34 +223,45 @@ class JointJacobian(BaseJacobian):
         params = jax.tree.leaves(self.params)
         return plan_leaves(self.found, self.leaves, params, self.num_tasks)
 
-    def _layers(self, plans: Sequence[LeafPlan]) -> Layers:
-        return run_layers(self.traced, jax.tree.leaves(self.params), plans)
+    @property
+    def _unrolls(self) -> bool:
+        """XLA's CPU back end runs convolutions with a task axis badly."""
+        few = self.num_tasks <= _UNROLL_CONVOLUTIONS
+        return few and self.traits.convolves and jax.default_backend() == "cpu"
+
+    def _layers(self, plans: Sequence[LeafPlan], *, taps: int | None = None) -> Layers:
+        return run_layers(self.traced, jax.tree.leaves(self.params), plans, taps=taps)
 
     def _sweep(self, layers: Layers, cotangents: Array) -> Digests:
-        # XLA's CPU back end runs convolutions with a task axis badly.
-        loops = self.traits.convolves and jax.default_backend() == "cpu"
-        unrolls = loops and cotangents.shape[0] <= _UNROLL_CONVOLUTIONS
-        swept = map_rows(layers.pullback, cotangents, "unroll" if unrolls else "vmap")
+        swept = (
+            map_rows(layers.pullback, cotangents, "unroll")
+            if self._unrolls
+            else sweep_layers(layers, cotangents)
+        )
         return digest_sweep(layers, swept)
 
     def _by_layer(self, basis: Basis | None, task_mask: TaskMask | None) -> Array:
-        layers = self._layers(self.plans)
         cotangents = jnp.eye(self.num_tasks) if basis is None else basis
         cotangents = like_losses(cotangents, self.losses)
         if task_mask is not None:
             zero = jnp.zeros((), cotangents.dtype)
             cotangents = jnp.where(task_mask, cotangents, zero)
-
-        def sweep(cotangents: Array) -> Digests:
-            return self._sweep(layers, cotangents)
-
         count = cotangents.shape[0]
-        if self.batch_size is None or self.batch_size >= count:
-            digests = sweep(cotangents)
+        if self.batch_size is not None and self.batch_size < count:
+            layers = self._layers(self.plans)
+            gram = _in_pairs(
+                layers, lambda c: self._sweep(layers, c), cotangents, self.batch_size
+            )
+        elif self._unrolls:
+            layers = self._layers(self.plans)
+            digests = self._sweep(layers, cotangents)
             gram = sweep_gramian(layers, digests, digests)
-            gram = jnp.broadcast_to(gram, (count, count))
         else:
-            gram = _in_pairs(layers, sweep, cotangents, self.batch_size)
+            layers = self._layers(self.plans, taps=count)
+            swept = sweep_layers(layers, cotangents)
+            digests = digest_sweep(layers, swept)
+            gram = swept.gram + sweep_gramian(layers, digests, digests)
+        gram = jnp.broadcast_to(gram, (count, count))
         if task_mask is not None and basis is None:
             both = task_mask[:, None] & task_mask[None, :]
             gram = jnp.where(both, gram, jnp.zeros((), gram.dtype))

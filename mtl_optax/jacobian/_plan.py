@@ -38,6 +38,13 @@ class LeafPlan(NamedTuple):
     bytes: int
 
 
+def layer_way(plan: LeafPlan) -> LayerWay:
+    """The way of a leaf that has one as a layer."""
+    if plan.way == "direct" or plan.way == "unused":
+        raise ValueError(f"leaf {plan.leaf} is no layer but {plan.way!r}.")
+    return plan.way
+
+
 def plan_leaves(
     found: Found, leaves: Sequence[int], params: Sequence[Any], num_tasks: int
 ) -> tuple[LeafPlan, ...]:

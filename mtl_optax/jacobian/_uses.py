@@ -16,6 +16,7 @@ from jax.extend.core import Literal
 from jax.sharding import AxisType
 from jaxtyping import Array
 
+from mtl_optax._tree import varies_over
 from mtl_optax.jacobian._trace import (
     CALLS,
     REMAT,
@@ -308,7 +309,7 @@ def _refusal(use: Use, others: Sequence[_Tag]) -> str | None:
     if any(other.leaf == use.leaf for other in others):
         return f"meets itself in `{name}`"
     aval = eqn.outvars[0].aval
-    if getattr(aval, "vma", None):
+    if varies_over(aval):
         return "varies over the devices of a `shard_map`"
     mesh = aval.sharding.mesh if getattr(aval, "sharding", None) is not None else None
     if mesh is not None and AxisType.Explicit in mesh.axis_types:

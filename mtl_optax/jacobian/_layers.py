@@ -30,7 +30,7 @@ from mtl_optax.jacobian._uses import Use, dot_roles
 LayerWay: TypeAlias = Literal["kernel", "rows", "lookup"]
 
 
-# Tasks whose cotangents go through a layer's Gram matrix at a time.
+# Tasks that a product takes at a time.
 _TOGETHER = 8
 
 
@@ -174,8 +174,10 @@ def _rows(x: Array, d: Array) -> Float[Array, "tasks pieces outputs inputs"]:
     axes = ((1,), (1,)), ((0,), (0,))
     if jax.default_backend() != "cpu":
         return jax.vmap(lambda d: _dot(d, x, axes, dtype))(d)
-    # All tasks in one product would copy all cotangents first on CPU, and `lax.map`
-    # would have room for its results from the start of the program on.
+    # All tasks in one product would copy all cotangents first on CPU; few products run
+    # side by side, and `lax.map` would have room for many from the program's start on.
+    if d.shape[0] <= _TOGETHER:
+        return jnp.stack([_dot(one, x, axes, dtype) for one in d])
     shape = (*d.shape[:2], d.shape[3], x.shape[2])
     room = jnp.broadcast_to(late_zero(d).astype(dtype), shape)
 

@@ -29,9 +29,13 @@ from mtl_optax._tree import (
     weighted_sum,
 )
 from mtl_optax._types import Aggregator, TaskJacobian, Weighting
+from mtl_optax._update_every import update_every
 from mtl_optax._wrappers import shared_only, skip_nonfinite_tasks
 from mtl_optax.aggregators import priority_projection, scale_by_mao
 from mtl_optax.jacobian import (
+    Explanation,
+    explain,
+    feature_jacobian,
     look_ahead_jacobian,
     shared_mask,
     task_jacobian,
@@ -67,6 +71,7 @@ __all__ = [
     "METHODS",
     "Aggregator",
     "Combiner",
+    "Explanation",
     "Method",
     "TaskJacobian",
     "Weighting",
@@ -78,7 +83,9 @@ __all__ = [
     "constant_weights",
     "dualproj",
     "edm",
+    "explain",
     "fairgrad",
+    "feature_jacobian",
     "from_aggregator",
     "from_weighting",
     "gradvac",
@@ -116,6 +123,7 @@ __all__ = [
     "task_tensioner",
     "task_touches",
     "unstack_tasks",
+    "update_every",
     "upgrad",
     "value_and_task_grads",
     "weighted_sum",

@@ -25,6 +25,7 @@ FLOORS = [
     {
         "_transform",
         "_wrappers",
+        "_update_every",
         "_solved",
         "_per_task",
         "_per_group",
@@ -269,6 +270,7 @@ WRAPPED = {name: row.make for name, row in mtl.METHODS.items()} | {
     "sum_tasks": lambda num_tasks: mtl.sum_tasks(),
     "shared_only": lambda n: mtl.shared_only(mtl.edm(n), {"w": True, "b": False}),
     "skip_nonfinite_tasks": lambda n: mtl.skip_nonfinite_tasks(mtl.task_tensioner(n)),
+    "update_every": lambda n: mtl.update_every(mtl.task_tensioner(n), 3),
 }
 
 

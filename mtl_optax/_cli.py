@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 _INTERRUPTED = 130
 _DEFAULT_METHODS = (
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }:
             raise
         return _complain(
-            f"{error.name} is not installed; the demo needs the examples' packages: "
+            f"{error.name} is not installed; this needs the examples' packages: "
             'pip install "mtl_optax[examples]"'
         )
     except BrokenPipeError:
@@ -86,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_ShowVersion)
     commands = parser.add_subparsers(
-        required=True, metavar="{demo,list,cite}", dest="command", parser_class=_Parser
+        required=True,
+        metavar="{demo,list,cite,bench}",
+        dest="command",
+        parser_class=_Parser,
     )
 
     demo = commands.add_parser(
@@ -161,6 +164,75 @@ def _parser() -> argparse.ArgumentParser:
         "methods", type=_names, nargs="+", metavar="A", help="from `mtl-optax list`"
     )
     cite.set_defaults(run=_cite)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure what balanced steps cost, beside plain ones and TorchJD",
+        description=_BENCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument(
+        "what",
+        nargs="?",
+        choices=tuple(_BENCHES),
+        default="engine",
+        help="engine, update or runs (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--models",
+        type=_models,
+        metavar="A,B",
+        help="engine: of mlp, cnn, transformer, gnn (default: all)",
+    )
+    bench.add_argument(
+        "--tasks",
+        type=_task_numbers,
+        metavar="N,M",
+        help="engine: numbers of tasks (default: 2,8,40; with --quick 2,8)",
+    )
+    bench.add_argument(
+        "--modes",
+        type=_ways,
+        metavar="A,B",
+        help="engine: ways of taking task gradients, of those above (default: all)",
+    )
+    bench.add_argument(
+        "--methods",
+        type=_names,
+        metavar="A,B",
+        help="update, runs: names from `mtl-optax list` (default: all for update, "
+        "mean,upgrad,cagrad,task_tensioner for runs)",
+    )
+    bench.add_argument(
+        "--rounds",
+        type=_at_least_one,
+        metavar="N",
+        help="how often each way runs, in turns with the others (default: 10, runs 5)",
+    )
+    bench.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help="of runs for one network and number of tasks, one size or one method; "
+        "slow ways get fewer rounds, and a line says so. Compiling is not counted "
+        "(default: 60)",
+    )
+    bench.add_argument(
+        "--quick",
+        action="store_true",
+        help="small sizes and few rounds, at most two minutes: shows that it works, "
+        "not what it costs",
+    )
+    bench.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mtl_optax_bench"),
+        metavar="FOLDER",
+        help="where the CSV file and plots go (default: ./%(default)s)",
+    )
+    bench.add_argument("--no-plots", action="store_true", help="table and CSV only")
+    bench.add_argument("--quiet", action="store_true", help="no progress")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -199,6 +271,47 @@ def _rates(text: str) -> tuple[float, ...]:
             f"expected positive numbers joined by commas, got {text!r}"
         )
     return tuple(dict.fromkeys(rates))
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return seconds
+
+
+def _some_of(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(
+                f"unknown {name!r}; there are {', '.join(known)}"
+            )
+    return names
+
+
+def _models(text: str) -> tuple[str, ...]:
+    from mtl_optax.bench.models import MODELS
+
+    return _some_of(text, tuple(MODELS))
+
+
+def _ways(text: str) -> tuple[str, ...]:
+    from mtl_optax.bench.engine_cost import WAYS
+
+    return _some_of(text, WAYS)
+
+
+def _task_numbers(text: str) -> tuple[int, ...]:
+    numbers = tuple(sorted({_at_least_one(part) for part in text.split(",")}))
+    if numbers[0] < 2:
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers from 2 joined by commas, got {text!r}"
+        )
+    return numbers
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -321,7 +434,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     systems = with_controls(arguments.methods)
     total = (len(tasks) + len(systems)) * arguments.epochs
     total += 0 if arguments.no_costs else len(systems) + 1
-    with _progress(total, arguments.quiet) as advance:
+    with _Progress(total, arguments.quiet) as bar:
         found = compare(
             tasks,
             arguments.methods,
@@ -330,8 +443,8 @@ def _demo(arguments: argparse.Namespace) -> None:
             learning_rates=arguments.lr,
             with_costs=not arguments.no_costs,
             key=jax.random.key(0),
-            on_epoch=advance,
-            on_cost=lambda name: advance(f"cost of {name}"),
+            on_epoch=bar.advance,
+            on_cost=lambda name: bar.advance(f"cost of {name}"),
         )
 
     rows = report.make_rows(found)
@@ -446,6 +559,143 @@ def _recipe(method: str, tasks: Sequence[str], rate: float) -> str:
     )
 
 
+class _Plan(NamedTuple):
+    """A measurement: in how many parts, how, and what becomes of its rows.
+
+    Attributes:
+      parts: how often `measure` tells its watch of a new part.
+      measure: ``watch -> rows``.
+      table: ``rows -> text``.
+    """
+
+    parts: int
+    measure: Callable[[Any], list[Any]]
+    table: Callable[[Sequence[Any]], str]
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    what = arguments.what
+    plan_of, takes = _BENCHES[what]
+    for option in ("models", "tasks", "modes", "methods"):
+        if getattr(arguments, option) is not None and option not in takes:
+            fitting = ", ".join(f"--{name}" for name in takes)
+            raise _UserError(f"bench {what} takes no --{option}, but {fitting}")
+    # Before minutes of measuring, not after.
+    _check_writable(arguments.out)
+    save_plots: Callable[..., list[Path]] | None = None
+    if not arguments.no_plots:
+        from mtl_optax.bench import plots
+
+        save_plots = getattr(plots, f"save_{what}")
+    from mtl_optax.bench.tables import save_csv
+    from mtl_optax.bench.timing import Watch, surroundings
+
+    plan: _Plan = plan_of(arguments)
+    _say(surroundings())
+    if arguments.quick:
+        _say("Small sizes: this shows that it works, not what it costs.")
+    sys.stdout.flush()
+    with _Progress(plan.parts, arguments.quiet, "part") as bar:
+        rows = plan.measure(Watch(part=bar.advance, run=bar.label, say=bar.say))
+    _say("\n" + plan.table(rows))
+    try:
+        files = [save_csv(rows, arguments.out / f"{what}.csv")]
+        if save_plots is not None:
+            files += save_plots(rows, arguments.out)
+    except OSError as error:
+        raise _UserError(f"cannot save: {error}") from None
+    _say(f"\nFiles: {', '.join(str(file) for file in files)}")
+
+
+def _given(arguments: argparse.Namespace, quick: dict[str, Any]) -> dict[str, Any]:
+    """Rounds and budget: as asked for, or quick ones, or the measurement's own."""
+    given = quick if arguments.quick else {}
+    for name in ("rounds", "budget"):
+        if getattr(arguments, name) is not None:
+            given = given | {name: getattr(arguments, name)}
+    return given
+
+
+def _plan_engine(arguments: argparse.Namespace) -> _Plan:
+    from mtl_optax.bench import engine_cost
+    from mtl_optax.bench.models import MODELS
+
+    models = arguments.models or tuple(MODELS)
+    tasks = arguments.tasks or ((2, 8) if arguments.quick else engine_cost.TASKS)
+    ways = engine_cost.with_units(arguments.modes or engine_cost.WAYS)
+    options = _given(arguments, {"rounds": 3, "budget": 3.0, "small": True})
+    return _Plan(
+        len(models) * len(tasks) * len(ways),
+        lambda watch: engine_cost.measure(
+            models, tasks, ways=ways, watch=watch, **options
+        ),
+        engine_cost.table,
+    )
+
+
+def _plan_update(arguments: argparse.Namespace) -> _Plan:
+    from mtl_optax.bench import update_cost
+
+    methods = arguments.methods
+    sizes = update_cost.SMALL if arguments.quick else update_cost.SIZES
+    options = _given(arguments, {"rounds": 3, "budget": 10.0})
+    return _Plan(
+        len(sizes) * update_cost.count_parts(methods),
+        lambda watch: update_cost.measure(
+            sizes, methods=methods, watch=watch, **options
+        ),
+        update_cost.table,
+    )
+
+
+def _plan_runs(arguments: argparse.Namespace) -> _Plan:
+    from mtl_optax.bench import many_runs
+
+    methods = arguments.methods or many_runs.METHODS[: 2 if arguments.quick else None]
+    quick = {"rounds": 3, "budget": 10.0, "seeds": 8, "steps": 10}
+    options = _given(arguments, quick)
+    return _Plan(
+        len(methods) * len(many_runs.WAYS),
+        lambda watch: many_runs.measure(methods, watch=watch, **options),
+        many_runs.table,
+    )
+
+
+# What is measured: how it is planned, and which options choose what is measured.
+_BENCHES: dict[str, tuple[Callable[[argparse.Namespace], _Plan], tuple[str, ...]]] = {
+    "engine": (_plan_engine, ("models", "tasks", "modes")),
+    "update": (_plan_update, ("methods",)),
+    "runs": (_plan_runs, ("methods",)),
+}
+
+_BENCH = """\
+Measures, in alternating runs of one call, and prints medians with their spread:
+
+engine  the gradient of a balanced step beside that of plain training (= 1), for four
+        networks and several numbers of tasks, with every way of taking task gradients.
+        mlp is 12 tanh layers of 1024, batch 64; cnn 3 blocks on 32 x 32 pixels, batch
+        32; transformer 4 layers of 256 on 64 tokens, batch 16; gnn 4 rounds of width
+        128 on 16 graphs of 64 nodes.
+          plain             plain training on the summed losses
+          default           mtl.task_jacobian(loss_fn)
+          layerwise, vmap, unroll, map
+                            its modes
+          every_10          the default under mtl.update_every(tx, 10)
+          features          mtl.feature_jacobian(encoder, heads)
+          torch             plain training in PyTorch
+          backward          TorchJD's autojac.backward and jac_to_grad
+          backward_by_leaf  the same with optimize_gramian_computation=True
+          autogram          TorchJD's autogram.Engine
+update  every method's update of stacked task gradients, beside NumPy's
+        G = g @ g.T; w @ g (= 1) and TorchJD's aggregators
+runs    many seeds of a small network: one vmap of whole scanned runs, beside scans one
+        by one and a Python loop over compiled steps
+
+TorchJD is optional:
+  pip install --extra-index-url https://download.pytorch.org/whl/cpu "mtl_optax[bench]"
+"""
+
+
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -457,31 +707,37 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
-class _progress:  # noqa: N801 - used like a function
-    """A bar on standard error, one step an epoch; silent unless someone watches."""
+class _Progress:
+    """A bar on standard error, one step a part; silent unless someone watches."""
 
-    def __init__(self, total: int, quiet: bool) -> None:
+    def __init__(self, total: int, quiet: bool, unit: str = "epoch") -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(
             total=total,
             file=sys.stderr,
             disable=quiet or not sys.stderr.isatty(),
-            unit="epoch",
+            unit=unit,
             leave=False,
         )
 
-    def __enter__(self) -> Callable[[str], None]:
+    def __enter__(self) -> Self:
         self._bar.set_description("compiling")
-
-        def advance(label: str) -> None:
-            self._bar.set_description(label, refresh=False)
-            self._bar.update()
-
-        return advance
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+    def advance(self, label: str) -> None:
+        self._bar.set_description(label, refresh=False)
+        self._bar.update()
+
+    def label(self, label: str) -> None:
+        self._bar.set_description(label)
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self._bar.write(line, file=sys.stderr)
 
 
 def _say(text: str) -> None:

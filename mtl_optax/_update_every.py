@@ -54,6 +54,10 @@ def update_every(tx: Combiner, k: int) -> Combiner:
     method's own arithmetic. Don't use it where the promise of a method (no task's loss
     rises) must hold at every step: weights of another step do not keep it. Nor where
     weights are random on purpose (`rlw`, `pcgrad`): they are then drawn every k steps.
+    Nor with convolutions on CPU: XLA runs backward convolutions inside a `lax.cond`
+    tens of times slower, which can cost more than it saves; there choose in Python
+    between two compiled steps, the balanced one and ``jax.grad`` of ``weights @
+    losses``.
 
     It goes innermost: ``shared_only(update_every(tx, k), mask)``,
     ``skip_nonfinite_tasks(shared_only(update_every(tx, k), mask))``. Inside `per_group`

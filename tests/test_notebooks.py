@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-LONG = {"02_four_systems", "04_gramian_methods"}
+LONG = {"02_four_systems", "03_cost", "04_gramian_methods"}
 
 
 def outputs(notebook):

@@ -52,7 +52,8 @@ time: by plain training in the same framework (plain, torch), median over rounds
 / default: by our default, in the same rounds; ms: one step.
 FLOPs: by plain training's, XLA's count (of every_10, with all branches); >=: there are
 loops, whose bodies count only once.
-memory: temporary arrays by XLA's plan; of PyTorch, by how much the process grew.
+memory: temporary arrays by XLA's plan, which uses the room of returned gradients first
+and does not count it; of PyTorch, by how much the process grew.
 compile: to trace and to compile.
 differs: relative distance of the combined gradient from our default's (of torch, from
 plain's). All weigh tasks by inverse norms; features takes these norms at the features.

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 from mtl_optax._arguments import check_choice, check_num_tasks
 from mtl_optax._tree import (
     check_task_axis,
-    constant,
     gramian,
     hold,
     lazy_losses,
@@ -197,10 +196,12 @@ def from_weighting(
         **extra: Any,
     ) -> tuple[Updates, CombinerState]:
         told = method.read(task_grads, state, params, losses, task_mask, extra)
-        if sees_gramian:
+        if sees_gramian and axis_name is not None:
             # Gramians over several devices are taken from rows, which serve twice.
-            rows = axis_name is not None
-            task_grads = materialize(task_grads) if rows else hold(task_grads)
+            task_grads = materialize(task_grads)
+        elif "gramian" in weighting.needs:
+            # A Gramian in a basis alone may sweep fewer combinations than tasks.
+            task_grads = hold(task_grads, told.given_mask)
         weights, state = method.weigh(task_grads, state, told, extra)
         return method.combine(weights, task_grads, state, told)
 
@@ -290,16 +291,15 @@ class WeightedMethod(NamedTuple):
         weighting, mask = self.weighting, told.mask
         dtype = state.info.task_weights.dtype
 
-        # Weights are constants to whoever differentiates through an update.
-        seen = constant(task_grads)
-
         def gramian_in_basis(basis: Array | None) -> Array:
-            return gramian(
-                seen,
+            gram = gramian(
+                task_grads,
                 basis=basis,
                 task_mask=told.given_mask,
                 axis_name=self.axis_name,
-            ).astype(dtype)
+            )
+            # Weights are constants to whoever differentiates through an update.
+            return lax.stop_gradient(gram).astype(dtype)
 
         gram = gramian_in_basis(None) if "gramian" in weighting.needs else None
         if "gramian_in_basis" in weighting.needs:

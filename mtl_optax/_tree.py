@@ -208,14 +208,6 @@ def isolates(task_grads: TaskGradients) -> bool:
     return all(operator.isolates for operator in _operators(task_grads))
 
 
-def constant(task_grads: TaskGradients) -> TaskGradients:
-    """The same rows, as constants to differentiation; lazy leaves stay as they are."""
-    return jax.tree.map(
-        lambda g: g if isinstance(g, LazyTaskGradient) else lax.stop_gradient(g),
-        task_grads,
-    )
-
-
 def lazy_task_names(task_grads: TaskGradients) -> tuple[str, ...] | None:
     """The tasks' names that a lazy tree knows, else None."""
     operators = _operators(task_grads)
@@ -666,7 +658,7 @@ def weighted_sum(
     return jax.tree.unflatten(treedef, out)
 
 
-def hold(task_grads: TaskGradients) -> TaskGradients:
+def hold(task_grads: TaskGradients, task_mask: TaskMask | None = None) -> TaskGradients:
     """The same task gradients, of which a later `weighted_sum` may be cheaper.
 
     For whoever takes a Gramian and then a combination: an operator with a method
@@ -677,7 +669,7 @@ def hold(task_grads: TaskGradients) -> TaskGradients:
     for operator, at in _by_operator(leaves)[0]:
         restricted: Any = _restricted(operator, [leaves[i] for i in at])
         if hasattr(restricted, "hold"):
-            held = restricted.hold()
+            held = restricted.hold(task_mask)
             for i in at:
                 leaf = leaves[i]
                 out[i] = LazyTaskGradient(

@@ -199,9 +199,8 @@ def _by_rows(
     tasks = operator.num_tasks
     if not known:
         way, words = "stored", f"{type(operator).__name__} takes it in its own way"
-    elif operator.stores_rows or isinstance(operator, SeparateJacobian):
-        kept = "are stored" if operator.stores_rows else "are formed, and not stored"
-        way, words = "stored", f"all rows {kept} (mode={operator.mode!r})"
+    elif operator.stores_rows:
+        way, words = "stored", f"all rows are stored (mode={operator.mode!r})"
     else:
         together = operator.batch_size or 1
         words = (

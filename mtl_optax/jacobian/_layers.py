@@ -104,6 +104,8 @@ def digest(
         (use,), ((x,),), (d,) = uses, inputs, cotangents
         if way == "kernel":
             return _channels_last(use, d)
+        if jax.default_backend() != "cpu":
+            return jax.vmap(lambda each: _convolution_gradient(use, x, each))(d)
         # A Python loop: XLA's CPU back end runs convolutions badly in any other.
         return jnp.stack([_convolution_gradient(use, x, each) for each in d])
     dense = _dense_cotangents(uses, cotangents)
@@ -149,14 +151,15 @@ def weight_gradient(
     param: Array,
 ) -> Array:
     """A combination of digests as a gradient of the parameter."""
+    use = uses[0]
     if way == "lookup":
         rows, _, ranks = _looked_at(uses, inputs)
         row_of_rank = jnp.zeros_like(rows).at[ranks].set(rows)
-        table = jnp.zeros((param.shape[0], combined.shape[-1]), combined.dtype)
-        table = table.at[row_of_rank].add(combined).reshape(param.shape)
-        return table.astype(param.dtype)
-    use = uses[0]
-    if use.kind == "conv_general_dilated":
+        table = jnp.zeros((size_of(uses).inputs, combined.shape[-1]), combined.dtype)
+        combined = table.at[row_of_rank].add(combined)
+        combined = combined.reshape(use.eqn.invars[0].aval.shape)
+        _, transpose = jax.vjp(use.operand_of, param)
+    elif use.kind == "conv_general_dilated":
         if way == "kernel":
             d = _channels_first(use, combined)
             combined = _convolution_gradient(use, inputs[0][0], d)
@@ -172,20 +175,26 @@ def weight_gradient(
 def _rows(x: Array, d: Array) -> Float[Array, "tasks pieces outputs inputs"]:
     dtype = accumulator(x, d)
     axes = ((1,), (1,)), ((0,), (0,))
-    if jax.default_backend() != "cpu":
-        return jax.vmap(lambda d: _dot(d, x, axes, dtype))(d)
-    # All tasks in one product would copy all cotangents first on CPU; few products run
-    # side by side, and `lax.map` would have room for many from the program's start on.
-    if d.shape[0] <= _TOGETHER:
-        return jnp.stack([_dot(one, x, axes, dtype) for one in d])
-    shape = (*d.shape[:2], d.shape[3], x.shape[2])
+
+    def of(some: Array) -> Array:
+        return jax.vmap(lambda one: _dot(one, x, axes, dtype))(some)
+
+    count = d.shape[0]
+    if count <= _TOGETHER or jax.default_backend() != "cpu":
+        return of(d)
+    # On CPU such a product copies its cotangents first, so it takes a few at a time.
+    # Without the late zero there would be room for the results of all layers at once.
+    whole = count // _TOGETHER * _TOGETHER
+    shape = (count, d.shape[1], d.shape[3], x.shape[2])
     room = jnp.broadcast_to(late_zero(d).astype(dtype), shape)
 
-    def put(task: Array, rows: Array) -> Array:
-        one = lax.dynamic_index_in_dim(d, task, keepdims=False)
-        return lax.dynamic_update_index_in_dim(rows, _dot(one, x, axes, dtype), task, 0)
+    def put(chunk: Array, rows: Array) -> Array:
+        first = chunk * _TOGETHER
+        some = lax.dynamic_slice_in_dim(d, first, _TOGETHER)
+        return lax.dynamic_update_slice_in_dim(rows, of(some), first, 0)
 
-    return lax.fori_loop(0, d.shape[0], put, room)
+    rows: Array = lax.fori_loop(0, whole // _TOGETHER, put, room)
+    return rows.at[whole:].set(of(d[whole:])) if whole < count else rows
 
 
 def late_zero(x: Array) -> Float[Array, ""]:

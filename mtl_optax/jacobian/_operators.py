@@ -78,9 +78,9 @@ def split_unit(weights: Weights, losses: Losses) -> tuple[Array, Array]:
     A float16 cotangent far from 1 would overflow or vanish on its way back, so what
     goes through the network is at most 1 and the rest is applied afterwards.
     """
-    largest = jnp.max(jnp.abs(weights))
+    largest = jnp.max(jnp.abs(weights), axis=-1)
     unit = jnp.where(largest > 0, largest, jnp.ones((), weights.dtype))
-    return unit, like_losses(weights / unit, losses)
+    return unit, like_losses(weights / unit[..., None], losses)
 
 
 def like_losses(array: Array, losses: Losses) -> Array:
@@ -177,20 +177,21 @@ class JointJacobian(BaseJacobian):
             return self._columns(basis, task_mask)
         return self._by_layer(basis, task_mask)
 
-    def hold(self) -> TaskJacobian:
+    def hold(self, task_mask: TaskMask | None = None) -> TaskJacobian:
         """The same Jacobian, holding what saves a later combination a backward pass.
 
         That is all rows where they are stored anyway, and the cotangents of the layers
         where there are few.
         """
         if self.stores_rows:
-            return HeldRows(self, self.stack())
+            return HeldRows(self, present(self.stack(), task_mask))
         plans = self.plans
         if not self.holds(plans):
             return self
         layers = self._layers(plans)
         basis = like_losses(jnp.eye(self.num_tasks), self.losses)
-        return HeldSweep(self, layers, self._sweep(layers, basis))
+        digests = present(self._sweep(layers, basis), task_mask)
+        return HeldSweep(self, layers, digests)
 
     @property
     def stores_rows(self) -> bool:
@@ -213,15 +214,18 @@ class JointJacobian(BaseJacobian):
 
     def holds(self, plans: Sequence[LeafPlan]) -> bool:
         """Whether `hold` keeps what layers leave behind."""
-        small = sum(plan.bytes for plan in plans) <= _HELD_BYTES
+        small = sum(plan.left for plan in plans) <= _HELD_BYTES
         few = self.num_tasks <= _HELD_TASKS and self.batch_size is None
         return self.mode is None and few and small
 
     @property
     def plans(self) -> tuple[LeafPlan, ...]:
         """What is done for each leaf when the Gramian is taken layer by layer."""
-        params = jax.tree.leaves(self.params)
-        return plan_leaves(self.found, self.leaves, params, self.num_tasks)
+        return plan_leaves(self.found, self.leaves, self._params, self.num_tasks)
+
+    @property
+    def _params(self) -> list[Array]:
+        return [jnp.asarray(param) for param in jax.tree.leaves(self.params)]
 
     @property
     def _unrolls(self) -> bool:
@@ -230,7 +234,7 @@ class JointJacobian(BaseJacobian):
         return few and self.traits.convolves and jax.default_backend() == "cpu"
 
     def _layers(self, plans: Sequence[LeafPlan], *, taps: int | None = None) -> Layers:
-        return run_layers(self.traced, jax.tree.leaves(self.params), plans, taps=taps)
+        return run_layers(self.traced, self._params, plans, taps=taps)
 
     def _sweep(self, layers: Layers, cotangents: Array) -> Digests:
         swept = (
@@ -242,7 +246,7 @@ class JointJacobian(BaseJacobian):
 
     def _by_layer(self, basis: Basis | None, task_mask: TaskMask | None) -> Array:
         cotangents = jnp.eye(self.num_tasks) if basis is None else basis
-        cotangents = like_losses(cotangents, self.losses)
+        unit, cotangents = split_unit(cotangents, self.losses)
         if task_mask is not None:
             zero = jnp.zeros((), cotangents.dtype)
             cotangents = jnp.where(task_mask, cotangents, zero)
@@ -265,6 +269,8 @@ class JointJacobian(BaseJacobian):
         if task_mask is not None and basis is None:
             both = task_mask[:, None] & task_mask[None, :]
             gram = jnp.where(both, gram, jnp.zeros((), gram.dtype))
+        unit = unit.astype(gram.dtype)
+        gram = unit[:, None] * gram * unit[None, :]
         return (gram + gram.T) / 2
 
     def _columns(self, basis: Basis | None, task_mask: TaskMask | None) -> Array:
@@ -324,19 +330,27 @@ def _in_pairs(
 
     def row(total: Array, i: Array) -> tuple[Array, None]:
         left = sweep(chunks[i])
+
+        def meet(total: Array, j: Array) -> tuple[Array, None]:
+            def block(total: Array) -> Array:
+                return put(total, sweep_gramian(layers, left, sweep(chunks[j])), i, j)
+
+            # A `cond` of a static loop, since one of unknown length has no gradient.
+            return lax.cond(j > i, block, lambda total: total, total), None
+
         total = put(total, sweep_gramian(layers, left, left), i, i)
-
-        def meet(j: Array, total: Array) -> Array:
-            right = sweep(chunks[j])
-            return put(total, sweep_gramian(layers, left, right), i, j)
-
-        return lax.fori_loop(i + 1, n, meet, total), None
+        return lax.scan(meet, total, jnp.arange(n))
 
     start = jnp.zeros((n * batch_size, n * batch_size), dtype)
     gram = lax.scan(row, start, jnp.arange(n))[0]
     block = jnp.arange(n * batch_size) // batch_size
     gram = jnp.where(block[:, None] <= block[None, :], gram, gram.T)
     return gram[:count, :count]
+
+
+def present(rows: Any, task_mask: TaskMask | None) -> Any:
+    """Zeros for absent tasks, whatever overflowed there: a weight of 0 keeps NaN."""
+    return jax.tree.map(lambda x: present_rows(x, task_mask), rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -438,6 +452,7 @@ class SeparateJacobian(BaseJacobian):
     batch_size: int | None = None
 
     isolates = True
+    stores_rows = True
 
     def stack(self, *, isolated: bool = False) -> list[Array]:
         del isolated  # rows never share a graph here
@@ -454,14 +469,6 @@ class SeparateJacobian(BaseJacobian):
     ) -> Array:
         return gramian(self.stack(), basis=basis, task_mask=task_mask)
 
-    def hold(self) -> TaskJacobian:
-        """The same Jacobian with its rows held, where there is room for them."""
-        return HeldRows(self, self.stack()) if self.stores_rows else self
-
-    @property
-    def stores_rows(self) -> bool:
-        """Whether all rows are in memory at once."""
-        params = jax.tree.leaves(self.params)
-        size = sum(params[k].size * params[k].dtype.itemsize for k in self.leaves)
-        small = self.batch_size is None and self.num_tasks * size <= _HELD_BYTES
-        return self.mode in ("vmap", "unroll") or (self.mode is None and small)
+    def hold(self, task_mask: TaskMask | None = None) -> TaskJacobian:
+        """The same Jacobian with its rows held: a Gramian stores them anyway."""
+        return HeldRows(self, present(self.stack(), task_mask))

@@ -27,6 +27,7 @@ class LeafPlan(NamedTuple):
       size: of the layer, if it is one.
       flops: floating-point operations for its inner products.
       bytes: that are held for them at once.
+      left: bytes that a sweep of all tasks leaves behind, for a combination to follow.
     """
 
     leaf: int
@@ -36,6 +37,7 @@ class LeafPlan(NamedTuple):
     size: Size | None
     flops: int
     bytes: int
+    left: int
 
 
 def layer_way(plan: LeafPlan) -> LayerWay:
@@ -60,12 +62,12 @@ def _plan(leaf: int, found: Found, param: Any, num_tasks: int) -> LeafPlan:
     def direct(reason: str) -> LeafPlan:
         flops = 2 * num_tasks**2 * entries
         size = num_tasks * entries * width
-        return LeafPlan(leaf, "direct", reason, (), None, flops, size)
+        return LeafPlan(leaf, "direct", reason, (), None, flops, size, size)
 
     if leaf in found.unknown:
         return direct(found.unknown[leaf])
     if not uses:
-        return LeafPlan(leaf, "unused", "no loss reads it", (), None, 0, 0)
+        return LeafPlan(leaf, "unused", "no loss reads it", (), None, 0, 0, 0)
     if len({use.key() for use in uses}) > 1:
         return direct(f"its {len(uses)} uses differ in form")
     size = size_of(uses)
@@ -86,7 +88,10 @@ def _plan(leaf: int, found: Found, param: Any, num_tasks: int) -> LeafPlan:
     way = min(costs, key=lambda way: costs[way][0] + _FLOPS_PER_BYTE * costs[way][1])
     flops, held = costs[way]
     narrow = f"{size.examples} examples, {size.inputs} x {size.outputs} weights"
-    return LeafPlan(leaf, way, narrow, uses, size, flops, held)
+    swept = sum(math.prod(use.output_shape) for use in uses)
+    read = 0 if way == "rows" else size.pieces * size.examples * size.inputs
+    left = width * (num_tasks * max(swept, entries if way == "rows" else 0) + read)
+    return LeafPlan(leaf, way, narrow, uses, size, flops, held, left)
 
 
 def _plan_table(
@@ -103,6 +108,7 @@ def _plan_table(
         size,
         (num_tasks + 2 * num_tasks**2) * entries,
         2 * num_tasks * entries * width,
+        num_tasks * entries * width,
     )
 
 

@@ -53,6 +53,9 @@ def consts_of(jaxpr: Any) -> list[Any]:
     return list(getattr(jaxpr, "consts", None) or ())
 
 
+_EMPTY = jax.make_jaxpr(lambda: ())().jaxpr
+
+
 def call_equation(eqn: Any, values: list[Any]) -> list[Any]:
     """Evaluates one equation on values for all of its inputs, literals included.
 
@@ -64,7 +67,7 @@ def call_equation(eqn: Any, values: list[Any]) -> list[Any]:
         x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)
     ]
     inputs = dict(zip(variables, given, strict=True))
-    alone = jax.make_jaxpr(lambda: ())().jaxpr.replace(
+    alone = _EMPTY.replace(
         invars=list(inputs), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
     )
     return list(jaxpr_as_fun(ClosedJaxpr(alone, ()))(*inputs.values()))

@@ -306,16 +306,18 @@ def _is_view(eqn: Any) -> bool:
 def _refusal(use: Use, others: Sequence[_Tag]) -> str | None:
     """Why an equation is not understood as a layer, or None where it is."""
     name, eqn = use.kind, use.eqn
-    if any(other.leaf == use.leaf for other in others):
-        return f"meets itself in `{name}`"
+    if others:
+        return f"meets a parameter in `{name}`"
     aval = eqn.outvars[0].aval
+    if jnp.issubdtype(aval.dtype, jnp.complexfloating):
+        return f"meets complex numbers in `{name}`"
     if varies_over(aval):
         return "varies over the devices of a `shard_map`"
     mesh = aval.sharding.mesh if getattr(aval, "sharding", None) is not None else None
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
         return "is used on a mesh with explicit axes"
     if name == "dot_general":
-        return None
+        return None if use.others else "is multiplied by a number"
     if name == "conv_general_dilated" and use.operand == 1:
         return None
     if name == "gather":

@@ -172,6 +172,25 @@ def test_pytorch_has_the_same_networks_and_gradients(model):
             np.testing.assert_allclose(one, wanted, rtol=1e-3, atol=2e-6)
 
 
+@needs_torch
+@pytest.mark.parametrize("alone", [True, False])
+def test_pytorch_gets_the_threads_that_suit_it(clock, monkeypatch, alone):
+    import torch
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch_peer, "_all_threads", lambda: 4)
+    try:
+        one, _ = clock("one", [2])
+        many, _ = clock("many", [1 if alone else 30])
+        note = torch_peer.use_best_threads(
+            lambda: (one if torch.get_num_threads() == 1 else many).run()
+        )
+        assert torch.get_num_threads() == (4 if alone else 1)
+        assert note == ("" if alone else "1 thread, faster here than 4")
+    finally:
+        torch.set_num_threads(before)
+
+
 # -------------------------------------------------------------------------- the timing
 
 
@@ -232,6 +251,14 @@ def test_slow_ways_get_what_fast_ones_leave_and_a_note(clock):
     assert timing.ratio(found["slow"], found["unit"]).median == 20
 
 
+def test_a_unit_that_is_slow_itself_has_a_median_and_takes_nothing_from_others(clock):
+    unit, _ = clock("unit", [100], unit=True)
+    quick, _ = clock("quick", [1])
+    found = timing.alternate([unit, quick], 10, budget=50)
+    assert len(found["unit"].seconds) == 3
+    assert len(found["quick"].seconds) == 3  # never oftener than its unit
+
+
 def test_many_calls_in_a_run_are_divided_by(clock):
     way, _ = clock("a", [20], calls=10)
     found = timing.alternate([way], 2, budget=30)["a"]
@@ -255,8 +282,9 @@ def test_what_fails_does_not_stop_the_others():
 
 
 def test_memory_in_use_is_seen():
-    found = timing.peak_megabytes(lambda: np.ones(5_000_000).sum())
-    assert np.isnan(found) or 30 < found < 80
+    # The kernel may take pages from the process meanwhile, so once in three is enough.
+    tries = [timing.peak_megabytes(lambda: np.ones(20_000_000).sum()) for _ in range(3)]
+    assert np.isnan(tries[0]) or any(100 < found < 400 for found in tries)
 
 
 # --------------------------------------------------------------------------- the engine

@@ -362,7 +362,7 @@ def test_modes_compile_to_what_they_say():
     assert loops("map", sine)[0] == 1
     assert loops("vmap", sine)[0] == 0
     assert loops("unroll", sine)[0] == 0
-    assert loops(None, sine)[0] == 1  # six tasks: the Gramian loops
+    assert loops(None, sine)[0] == 0  # layer by layer, in one sweep
 
 
 # ---------------------------------------------------------------- the forms of the call

@@ -209,7 +209,7 @@ def _cell(
 ) -> list[Row]:
     where = f"{problem.model}, T = {problem.num_tasks}"
     ready: dict[str, _Ready] = {}
-    failed: dict[str, str] = {}
+    notes = dict.fromkeys(ways, "")
     peer = None
     for name in ways:
         watch.part(f"{where}: compiling {name}")
@@ -219,8 +219,10 @@ def _cell(
             else:
                 peer = peer or torch_peer.make_peer(problem)
                 ready[name] = _prepare_peer(problem, peer, name)
+                if name == torch_peer.PLAIN:
+                    notes[name] = torch_peer.use_best_threads(peer.ways[name].run)
         except Exception as error:
-            failed[name] = in_words(error)
+            notes[name] = in_words(error)
 
     differs: dict[str, float] = {}
     compared_with: dict[bool, list[np.ndarray[Any, Any]]] = {}
@@ -242,7 +244,7 @@ def _cell(
     default = timings.get(DEFAULT, nothing)
     rows = []
     for name in ways:
-        timing = timings.get(name, nothing._replace(note=failed.get(name, "")))
+        timing = timings.get(name, nothing)
         unit = timings.get(PLAIN if name in OURS else torch_peer.PLAIN, nothing)
         middle, low, high = ratio(timing, unit)
         one = ready.get(name)
@@ -266,7 +268,7 @@ def _cell(
                 megabytes=one.megabytes() if one else math.nan,
                 compile_seconds=one.compile_seconds if one else math.nan,
                 differs=differs.get(name, math.nan),
-                note=timing.note,
+                note="; ".join(note for note in (notes[name], timing.note) if note),
             )
         )
     return rows

@@ -7,6 +7,7 @@ called then.
 
 import functools
 import importlib
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -92,6 +93,39 @@ def why_missing() -> str:
     if jax.default_backend() != "cpu":
         return "TorchJD is left out: it would run on the CPU, and JAX does not"
     return ""
+
+
+def use_best_threads(run: Callable[[], Any]) -> str:
+    """Gives PyTorch as many threads as make `run` fastest: one, or all it would take.
+
+    Its threads wait for each other, so that beside other programs one may be ten times
+    as fast as two.
+
+    Returns:
+      a note, where one is faster.
+    """
+    import torch
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        run()
+        start = time.perf_counter()
+        run()
+        run()
+        return time.perf_counter() - start
+
+    most = _all_threads()
+    best = min(most, 1, key=seconds)
+    torch.set_num_threads(best)
+    return f"1 thread, faster here than {most}" if best < most else ""
+
+
+@functools.cache
+def _all_threads() -> int:
+    """What PyTorch takes by itself."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def make_peer(problem: Problem) -> Peer:

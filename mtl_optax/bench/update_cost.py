@@ -201,6 +201,10 @@ def _cell(
         except Exception as error:
             failed.append(row._replace(note=in_words(error)))
 
+    if with_peer:
+        note = torch_peer.use_best_threads(torch_peer.make_aggregator("Sum", gradients))
+        if note:
+            watch.say(f"{where}, {PEER}: {note}")
     for name in methods:
         prepare(OURS, name, name)
         peer = peer_name(mtl.METHODS[name])

@@ -42,6 +42,7 @@ UNROLL = 4
 
 # Up to this many, compiling them one by one is worth what it saves on CPU.
 _UNROLL_CONVOLUTIONS = 64
+_UNROLL_SCATTERS = 16
 
 # Meeting in pairs, more sweeps than these cost more than a backward and a forward pass
 # for every task.
@@ -49,7 +50,7 @@ _PAIRED = 7
 
 # What a Gramian leaves behind is held for the combination up to this size, and up to
 # so many tasks: a backward pass is then less than 4 % of the step.
-_HELD_BYTES = 128 * 2**20
+_HELD_BYTES = 384 * 2**20
 _HELD_TASKS = 16
 
 
@@ -229,9 +230,10 @@ class JointJacobian(BaseJacobian):
 
     @property
     def _unrolls(self) -> bool:
-        """XLA's CPU back end runs convolutions with a task axis badly."""
-        few = self.num_tasks <= _UNROLL_CONVOLUTIONS
-        return few and self.traits.convolves and jax.default_backend() == "cpu"
+        """Whether tasks are swept one by one: what XLA does badly on CPU."""
+        most = _UNROLL_SCATTERS if self.traits.scatters else 0
+        most = _UNROLL_CONVOLUTIONS if self.traits.convolves else most
+        return self.num_tasks <= most and jax.default_backend() == "cpu"
 
     def _layers(self, plans: Sequence[LeafPlan], *, taps: int | None = None) -> Layers:
         return run_layers(self.traced, self._params, plans, taps=taps)

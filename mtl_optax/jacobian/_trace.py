@@ -22,12 +22,15 @@ class Traits(NamedTuple):
       reverse_only: whether it holds a `jax.custom_vjp`, which has no forward mode.
       convolves: whether it holds a convolution, which XLA's CPU back end runs very
         slowly inside loops.
+      scatters: whether it holds a scatter (a sum over segments), which that back end
+        runs slowly with a task axis.
     """
 
     depends: bool
     low_precision: bool
     reverse_only: bool
     convolves: bool
+    scatters: bool
 
 
 def read_traits(closed_jaxpr: Any) -> Traits:
@@ -40,6 +43,7 @@ def read_traits(closed_jaxpr: Any) -> Traits:
         low_precision=any(_is_low(a) for a in [v.aval for v in jaxpr.invars] + outputs),
         reverse_only=any(name.startswith("custom_vjp") for name in names),
         convolves="conv_general_dilated" in names,
+        scatters=any(name.startswith("scatter") for name in names),
     )
 
 

@@ -256,7 +256,9 @@ def test_a_unit_that_is_slow_itself_has_a_median_and_takes_nothing_from_others(c
     quick, _ = clock("quick", [1])
     found = timing.alternate([unit, quick], 10, budget=50)
     assert len(found["unit"].seconds) == 3
+    assert found["unit"].note == "3 of 10 rounds, of 100.0 s each"
     assert len(found["quick"].seconds) == 3  # never oftener than its unit
+    assert found["quick"].note == ""
 
 
 def test_many_calls_in_a_run_are_divided_by(clock):
@@ -383,6 +385,29 @@ def test_a_way_that_cannot_be_compiled_is_a_line_and_a_row(monkeypatch):
     assert [row.way for row in rows] == ["plain", "vmap"]
     assert said == ["mlp, T = 2, vmap: failed: ValueError: no such thing"]
     assert "no such thing" in engine_cost.table(rows)
+
+
+def test_a_way_that_gives_another_gradient_is_called_out(monkeypatch):
+    make_step = engine_cost.make_step
+
+    def wrong(problem, way):
+        step, state = make_step(problem, way)
+        if way != "vmap":
+            return step, state
+
+        def twice(*arguments):
+            gradient, state, losses = step(*arguments)
+            return jax.tree.map(lambda g: 1.5 * g, gradient), state, losses
+
+        return twice, state
+
+    monkeypatch.setattr(engine_cost, "make_step", wrong)
+    said = []
+    watch = timing.UNWATCHED._replace(say=said.append)
+    engine_cost.measure(
+        ["mlp"], [2], ways=["default", "vmap"], rounds=1, small=True, watch=watch
+    )
+    assert said == ["mlp, T = 2, vmap: another gradient: differs by 5e-01"]
 
 
 @pytest.mark.usefixtures("no_torch")

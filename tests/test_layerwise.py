@@ -202,6 +202,27 @@ def routed_experts():
     return loss_fn, weights(w=(2, 4, 3), v=(2, 3, 5), out=(5, 3)), X
 
 
+@model()
+def weights_repeated():
+    def loss_fn(p, x):
+        w = jnp.broadcast_to(p["w"], (2, 4, 5))
+        h = jnp.tanh(jnp.einsum("bnd,bde->bne", x.reshape(2, 3, 4), w))
+        return three(h @ jnp.tile(p["out"], (5, 1)))
+
+    return loss_fn, weights(w=(4, 5), out=(1, 3)), X
+
+
+@model("w out")
+def sums_over_segments():
+    # As on a graph: what is gathered and scattered is no table of parameters.
+    def loss_fn(p, x):
+        h = jnp.tanh(x[IDS.reshape(-1)[:6] % 6] @ p["w"])
+        h = jax.ops.segment_sum(h, np.array([0, 1, 1, 3, 0, 1]), 4)
+        return three(h.at[2:].set(h[:2] + h[2:]) @ p["out"])
+
+    return loss_fn, weights(w=(4, 5), out=(5, 3)), X
+
+
 @model("qkv out")
 def fused_and_split():
     def loss_fn(p, x):
@@ -602,31 +623,32 @@ CONVOLUTIONS = {
     "no_dimension": Convolution(
         (6, 4), (4, 3), {"dimension_numbers": ("NC", "IO", "NC"), "padding": ()}
     ),
+    # Wide beside their outputs, where a layer's Gram matrix would be the cheaper way.
     "transposed": Convolution(
-        (2, 3, 3, 2),
-        (3, 2, 2, 3),
+        (1, 2, 1, 8),
+        (2, 2, 8, 12),
         {
             "dimension_numbers": NHWC,
             "lhs_dilation": (2, 3),
-            "padding": ((2, 1), (0, 1)),
+            "padding": ((1, 0), (1, 1)),
         },
         False,
     ),
     "grouped": Convolution(
-        (2, 4, 4, 4),
-        (3, 2, 2, 6),
+        (1, 2, 2, 16),
+        (2, 2, 8, 16),
         {"dimension_numbers": NHWC, "feature_group_count": 2},
         False,
     ),
     "depthwise": Convolution(
-        (2, 4, 4, 3),
-        (3, 2, 1, 6),
-        {"dimension_numbers": NHWC, "feature_group_count": 3},
+        (1, 2, 1, 12),
+        (2, 2, 1, 24),
+        {"dimension_numbers": NHWC, "feature_group_count": 12},
         False,
     ),
     "batch_groups": Convolution(
-        (4, 4, 4, 2),
-        (3, 2, 2, 6),
+        (2, 2, 2, 12),
+        (2, 2, 12, 16),
         {"dimension_numbers": NHWC, "batch_group_count": 2},
         False,
     ),
@@ -645,7 +667,8 @@ def _add_convolution(name):
         y = jax.eval_shape(convolve, normal(given.x), normal(given.kernel))
 
         def loss_fn(p, x):
-            return three(jnp.tanh(convolve(x, p["k"])).reshape(2, -1) @ p["out"])
+            h = jnp.tanh(convolve(x, p["k"]) / 4)
+            return three(h.reshape(2, -1) @ p["out"])
 
         return loss_fn, weights(k=given.kernel, out=(y.size // 2, 3)), normal(given.x)
 
@@ -1804,7 +1827,8 @@ def leaf_names(params):
 
 # What may go wrong in a way of its own. The others are as quick, but many.
 QUICK = """
-    dense overlapping_slices one_slice negated_and_reversed transposed_and_merged
+    dense weights_repeated sums_over_segments overlapping_slices one_slice
+    negated_and_reversed transposed_and_merged
     inputs_of_integers_and_bools bfloat16_arithmetic transformer_block
     take_fill take_clip take_from_the_end two_lookups lookup_negated lookup_transposed
     lookup_in_a_scan tied_embedding
@@ -1879,7 +1903,7 @@ def every_way(loss_fn, params, batch, layers):
 
     plain = lazy()
     return {
-        "plain": quantities(plain),
+        "plain": quantities(plain, "gramian", "basis and mask", "part", "combination"),
         "held": quantities(_tree.hold(plain)),
         "layerwise": quantities(lazy(mode="layerwise"), "gramian"),
         "in ones": quantities(lazy(batch_size=1), "gramian", "basis and mask"),
@@ -2297,7 +2321,7 @@ def test_tasks_batched_as_on_an_accelerator(name, monkeypatch):
     loss_fn, params, batch, rows, tolerance = problem(name)
     layers = MODELS[name].layers
 
-    @jax.jit
+    @laws.quick_jit
     def everything(params, batch):
         _, lazy = mtl.task_jacobian(loss_fn)(params, batch)
         kinds = {"plain": lazy} | {

@@ -61,6 +61,8 @@ plain's). All weigh tasks by inverse norms; features takes these norms at the fe
 
 # Of the machine's memory; a way that needs more could end the whole process.
 _MOST_MEMORY = 0.6
+# Exact ways differ by rounding, which a Gramian of long rows makes larger; not by this.
+_MOST_DIFFERENCE = 1e-3
 
 
 class Row(NamedTuple):
@@ -249,6 +251,9 @@ def _cell(
         middle, low, high = ratio(timing, unit)
         one = ready.get(name)
         ran = bool(len(timing.seconds))
+        wrong = ""
+        if name != FEATURES and differs.get(name, 0.0) > _MOST_DIFFERENCE:
+            wrong = f"another gradient: differs by {differs[name]:.0e}"
         flops, plain = (r.flops if r else math.nan for r in (one, ready.get(PLAIN)))
         rows.append(
             Row(
@@ -268,7 +273,7 @@ def _cell(
                 megabytes=one.megabytes() if one else math.nan,
                 compile_seconds=one.compile_seconds if one else math.nan,
                 differs=differs.get(name, math.nan),
-                note="; ".join(note for note in (notes[name], timing.note) if note),
+                note="; ".join(filter(None, (notes[name], timing.note, wrong))),
             )
         )
     return rows

@@ -350,7 +350,7 @@ MODELS = {
         make_transformer,
         TransformerSizes(),
         TransformerSizes(
-            width=16, layers=2, num_heads=2, length=8, vocabulary=20, batch=4
+            width=16, layers=1, num_heads=2, length=8, vocabulary=20, batch=4
         ),
     ),
     "gnn": Model(

@@ -134,13 +134,16 @@ def alternate(
         if first is not None:
             firsts[way.name] = first
     limits = _limits([w for w in ways if w.name in firsts], firsts, rounds, budget)
+    most = min(
+        [limits.get(way.name, rounds) for way in ways if way.unit], default=rounds
+    )
     for way in ways:
         limit = limits.get(way.name, rounds)
         whole = f"{firsts.get(way.name, 0.0) * way.calls:.1f} s"
         if limit == 0:
             seconds[way.name].append(firsts[way.name])
             notes[way.name] = f"one run only, of {whole}"
-        elif limit < rounds:
+        elif limit < (rounds if way.unit else most):
             notes[way.name] = f"{limit} of {rounds} rounds, of {whole} each"
     for number in range(rounds):
         for way in _turns(ways, number):

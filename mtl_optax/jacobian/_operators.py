@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 from mtl_optax._tree import (
     HIGHEST,
     gramian,
+    mirrored,
     mix_rows,
     present_rows,
     scale_tree,
@@ -273,7 +274,7 @@ class JointJacobian(BaseJacobian):
             gram = jnp.where(both, gram, jnp.zeros((), gram.dtype))
         unit = unit.astype(gram.dtype)
         gram = unit[:, None] * gram * unit[None, :]
-        return (gram + gram.T) / 2
+        return mirrored(gram)
 
     def _columns(self, basis: Basis | None, task_mask: TaskMask | None) -> Array:
         """``C J (C J)^T``, a column ``J (J^T c)`` at a time: one row in memory."""
@@ -302,7 +303,7 @@ class JointJacobian(BaseJacobian):
         if task_mask is not None:
             columns = jnp.where(task_mask, columns, jnp.zeros((), dtype))
         gram = jnp.matmul(columns, combine.T, precision=HIGHEST)
-        return (gram + gram.T) / 2
+        return mirrored(gram)
 
     def _row_mode(self) -> RowMode:
         if self.mode is not None and self.mode != "layerwise":
@@ -428,7 +429,7 @@ class HeldSweep(Held):
         if task_mask is not None and basis is None:
             both = task_mask[:, None] & task_mask[None, :]
             gram = jnp.where(both, gram, jnp.zeros((), gram.dtype))
-        return (gram + gram.T) / 2
+        return mirrored(gram)
 
     def combine(self, weights: Weights) -> list[Array]:
         return sweep_combination(self.layers, self.digests, weights)

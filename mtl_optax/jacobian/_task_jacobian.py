@@ -18,6 +18,7 @@ from mtl_optax.jacobian._losses import (
     split_aux,
 )
 from mtl_optax.jacobian._operators import JointJacobian, Mode, SeparateJacobian
+from mtl_optax.jacobian._reductions import sums_go_wrong, with_right_sums
 from mtl_optax.jacobian._trace import read_traits
 from mtl_optax.jacobian._uses import find_uses
 
@@ -173,6 +174,8 @@ def _joint(
     args: Sequence[Any],
     params: PyTree[Array],
     has_aux: bool,
+    *,
+    kept_apart: bool = False,
 ) -> tuple[Array, Any, JointJacobian]:
     found: dict[str, Any] = {}
 
@@ -193,6 +196,9 @@ def _joint(
     traced = jax.make_jaxpr(function)(params)
     traits = read_traits(traced)
     check_dependence(traits.depends)
+    if sums_go_wrong(traits) and not kept_apart:
+        apart = with_right_sums(call)
+        return _joint(apart, args, params, has_aux, kept_apart=True)
     losses, vjp, aux = jax.vjp(vector_and_aux, params, has_aux=True)
     operator = JointJacobian(
         function=function,
@@ -216,6 +222,8 @@ def _separate(
     has_aux: bool,
     in_axes: tuple[Any, ...],
     at: Sequence[int],
+    *,
+    kept_apart: bool = False,
 ) -> tuple[Array, Any, SeparateJacobian]:
     mapped, batches = batches_by_task(args, in_axes, at)
 
@@ -231,6 +239,9 @@ def _separate(
 
     traits = read_traits(jax.make_jaxpr(lambda p: all_losses(p)[0])(params))
     check_dependence(traits.depends)
+    if sums_go_wrong(traits) and not kept_apart:
+        apart = with_right_sums(call)
+        return _separate(apart, args, params, has_aux, in_axes, at, kept_apart=True)
     losses, vjp, aux = jax.vjp(all_losses, params, has_aux=True)
     operator = SeparateJacobian(
         function=lambda params, batch: loss_and_aux(params, batch)[0],

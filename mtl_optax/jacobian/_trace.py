@@ -24,6 +24,7 @@ class Traits(NamedTuple):
         slowly inside loops.
       scatters: whether it holds a scatter (a sum over segments), which that back end
         runs slowly with a task axis.
+      largest_sum: how many numbers the largest sum over an axis takes.
     """
 
     depends: bool
@@ -31,6 +32,7 @@ class Traits(NamedTuple):
     reverse_only: bool
     convolves: bool
     scatters: bool
+    largest_sum: int
 
 
 def read_traits(closed_jaxpr: Any) -> Traits:
@@ -44,6 +46,14 @@ def read_traits(closed_jaxpr: Any) -> Traits:
         reverse_only=any(name.startswith("custom_vjp") for name in names),
         convolves="conv_general_dilated" in names,
         scatters=any(name.startswith("scatter") for name in names),
+        largest_sum=max(
+            [
+                eqn.invars[0].aval.size
+                for eqn in equations
+                if eqn.primitive.name == "reduce_sum"
+            ],
+            default=0,
+        ),
     )
 
 

@@ -1,0 +1,183 @@
+r"""A way around wrong sums in XLA's CPU back end.
+
+From jaxlib 0.10.2 on, that back end fuses chains of sums (its YNN fusions), and gets
+some of them wrong from about a thousand rows on: the derivative of a LayerNorm, or of
+anything else that subtracts a mean and divides by a deviation, is off by up to 80 %,
+under `vmap` or, in 0.12, in plain training too. `XLA_FLAGS` with
+``--xla_cpu_experimental_ynn_fusion_type=`` turns these fusions off.
+
+Losses are run so that the chains break where they would go wrong: what is summed, and
+what is broadcast (and so summed on the way back), passes through a clamp to all numbers
+there are, which changes nothing and which these fusions do not hold. This is done only
+where a trial on the machine at hand shows the fault, so a mended release is left alone.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+from jaxtyping import Array, PyTree
+
+from mtl_optax.jacobian._trace import (
+    CALLS,
+    REMAT,
+    Traits,
+    call_equation,
+    consts_of,
+    open_jaxpr,
+    scan_layout,
+)
+
+# Rows of 64 numbers: 1024 of them show the fault of 0.10.2, 4096 also that of 0.12.
+_TRIAL = (4096, 64)
+
+# Of 256 rows all sums were right.
+_LEAST = 256 * 64
+
+_BROADCASTS = frozenset(
+    {"broadcast_in_dim", "add", "sub", "mul", "div", "max", "min", "pow", "select_n"}
+)
+
+_VIEWS = frozenset({"reshape", "broadcast_in_dim", "transpose", "convert_element_type"})
+
+
+def sums_go_wrong(traits: Traits) -> bool:
+    """Whether these losses hold sums that this machine's XLA may get wrong."""
+    risky = traits.largest_sum >= _LEAST
+    return risky and jax.default_backend() == "cpu" and _trial_fails()
+
+
+@functools.cache
+def _trial_fails() -> bool:
+    """Takes the derivative of a normalisation with and without what mends it."""
+    with jax.ensure_compile_time_eval():
+        keys = jax.random.split(jax.random.key(0))
+        x = jax.random.normal(keys[0], _TRIAL, jnp.float32)
+        cotangents = jax.random.normal(keys[1], (4, *_TRIAL), jnp.float32)
+
+        def normalised(x: Array) -> Array:
+            centred = x - x.mean(-1, keepdims=True)
+            return centred * lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+
+        def swept(x: Array, cotangents: Array) -> Array:
+            return jax.vmap(jax.vjp(normalised, x)[1])(cotangents)[0]
+
+        def one(x: Array, cotangents: Array) -> Array:
+            return jax.vjp(normalised, x)[1](cotangents[0])[0]
+
+        def right(x: Array, cotangents: Array) -> Array:
+            _, pullback = jax.vjp(with_right_sums(normalised), x)
+            return jnp.stack([pullback(each)[0] for each in cotangents])
+
+        wanted = np.asarray(jax.jit(right)(x, cotangents))
+        found = [np.asarray(jax.jit(fn)(x, cotangents)) for fn in (swept, one)]
+    errors = [np.abs(found[0] - wanted).max(), np.abs(found[1] - wanted[0]).max()]
+    return bool(max(errors) > 1e-3 * np.abs(wanted).max())
+
+
+def with_right_sums(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of a pytree, with its sums kept apart from one another."""
+
+    def kept_apart(params: PyTree[Array], *rest: Any) -> Any:
+        found: list[Any] = []
+
+        def arrays(params: PyTree[Array]) -> list[Array]:
+            leaves, treedef = jax.tree.flatten(fn(params, *rest))
+            computed = [isinstance(leaf, jax.Array) for leaf in leaves]
+            found[:] = leaves, treedef, computed
+            return [x for x, y in zip(leaves, computed, strict=True) if y]
+
+        closed = jax.make_jaxpr(arrays)(params)
+        leaves, treedef, computed = found
+        given = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
+        jaxpr, consts = open_jaxpr(closed), consts_of(closed)
+        outputs = iter(_run(jaxpr, consts, given, [True] * len(given)))
+        # What is no array (a name in `aux`) is given back as it came.
+        merged = zip(leaves, computed, strict=True)
+        return treedef.unflatten([next(outputs) if y else x for x, y in merged])
+
+    return kept_apart
+
+
+def _apart(x: Any) -> Any:
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating) or jnp.ndim(x) == 0:
+        return x
+    most = jnp.asarray(jnp.inf, jnp.result_type(x))
+    return lax.clamp(-most, x, most)
+
+
+def _run(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], given: Sequence[bool]
+) -> list[Any]:
+    """Runs equations; `given` tells which arguments are but arguments rearranged.
+
+    These are left alone, so that layers stay recognisable.
+    """
+    known = dict(zip(jaxpr.constvars, consts, strict=True))
+    known |= dict(zip(jaxpr.invars, args, strict=True))
+    alone = {v for v, x in zip(jaxpr.invars, given, strict=True) if x}
+    alone.update(jaxpr.constvars)
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, Literal) else known[var]
+
+    def is_given(var: Any) -> bool:
+        return isinstance(var, Literal) or var in alone
+
+    for eqn in jaxpr.eqns:
+        values = [read(var) for var in eqn.invars]
+        name = eqn.primitive.name
+        if name in CALLS or name in REMAT or name == "scan":
+            outputs = _run_call(eqn, values, [is_given(var) for var in eqn.invars])
+        else:
+            if name in _VIEWS and is_given(eqn.invars[0]):
+                alone.update(eqn.outvars)
+            elif name in _BROADCASTS:
+                size = eqn.outvars[0].aval.size
+                values = [
+                    value if is_given(var) or var.aval.size == size else _apart(value)
+                    for var, value in zip(eqn.invars, values, strict=True)
+                ]
+            outputs = call_equation(eqn, values)
+            if name == "reduce_sum":
+                outputs = [_apart(output) for output in outputs]
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _run_call(eqn: Any, values: Sequence[Any], given: Sequence[bool]) -> list[Any]:
+    """An equation that holds other equations."""
+    name, inner = eqn.primitive.name, eqn.params["jaxpr"]
+    body, consts = open_jaxpr(inner), consts_of(inner)
+    if name in CALLS:
+        return _run(body, consts, values, given)
+    if name in REMAT:
+        again = jax.checkpoint(
+            lambda *args: _run(body, consts, args, given),
+            policy=eqn.params["policy"],
+            prevent_cse=eqn.params["prevent_cse"],
+        )
+        return list(again(*values))
+    layout = scan_layout(eqn)
+    first = layout.num_consts
+    last = first + layout.num_carry
+    within = [x and not first <= at < last for at, x in enumerate(given)]
+
+    def round_(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        outputs = _run(body, consts, [*values[:first], *carry, *xs], within)
+        return outputs[: layout.num_carry], outputs[layout.num_carry :]
+
+    carry, stacked = lax.scan(
+        round_,
+        list(values[first:last]),
+        list(values[last:]),
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return [*carry, *stacked]

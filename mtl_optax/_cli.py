@@ -692,7 +692,7 @@ runs    many seeds of a small network: one vmap of whole scanned runs, beside sc
         by one and a Python loop over compiled steps
 
 TorchJD is optional:
-  pip install --extra-index-url https://download.pytorch.org/whl/cpu "mtl_optax[bench]"
+  pip install --extra-index-url https://download.pytorch.org/whl/cpu -e ".[bench]"
 """
 
 

@@ -152,7 +152,10 @@ def lazy_tree(operator: TaskJacobian, params: PyTree[Any]) -> TaskGradients:
     for a Gramian, a combination or rows, restricted to the leaves that reached them.
 
     Args:
-      operator: anything with the members of `mtl_optax.TaskJacobian`.
+      operator: anything with the members of `mtl_optax.TaskJacobian`. If it also has
+        ``hold(task_mask=None)``, a method that takes a Gramian and then a combination
+        takes both from what that returns: an operator that keeps what the Gramian
+        leaves behind.
       params: the parameters, whose tree and shapes the result takes.
 
     Returns:
@@ -433,9 +436,14 @@ def _blocks_help() -> bool:
 
 
 def mirrored(gram: Array) -> Array:
-    """Exactly symmetric, which a mean of both halves is not once fusion rounds it."""
+    """Exactly symmetric: both halves are read from one.
+
+    A mean of both, or a choice between them, is computed twice where XLA fuses it with
+    products, and rounds twice in different ways.
+    """
     row = jnp.arange(gram.shape[0])
-    return jnp.where(row[:, None] <= row[None, :], gram, gram.T)
+    low, high = jnp.minimum(row[:, None], row), jnp.maximum(row[:, None], row)
+    return gram[low, high]
 
 
 def inner_products(x: Array, y: Array) -> Array:
@@ -508,16 +516,15 @@ def gramian(
 
     Args:
       task_grads: stacked arrays ``[T, *param.shape]``, or the lazy tree of
-        `task_jacobian`, which takes one row at a time (see its `mode`) and stores rows
-        only where they are few and short, or where the losses hold a `custom_vjp` or
-        arithmetic in less than 32 bits.
+        `task_jacobian`, whose `mode` says how (by default layer by layer).
       basis: ``[K, T]``; the Gramian of ``basis @ J``. The combinations are formed
         *before* the inner products, so that a difference of nearly equal gradients
         is not lost to cancellation.
       labels: a tree like the parameters with one hashable label a leaf: one Gramian
         a label, each over its own leaves.
       task_mask: ``[T]`` of bools; an absent task counts as zeros, whatever (NaN
-        included) stands in its row.
+        included) stands in its stacked row. In a lazy tree a NaN may reach the other
+        tasks through the network they share (`skip_nonfinite_tasks` is for that).
       axis_name: inside `jax.shard_map` with sharded parameters, the mesh axes over
         which the local Gramians are summed.
 
@@ -545,8 +552,16 @@ def gramian(
             for label, chosen in _by_label(task_grads, labels).items()
         }
     leaves = jax.tree.leaves(task_grads)
-    if not leaves:
-        raise ValueError("gramian: the tree of task gradients has no leaves.")
+    num_tasks = _tasks_of("gramian", task_grads)
+    task_mask = _mask_of("gramian", task_mask, num_tasks)
+    if basis is not None:
+        basis = jnp.asarray(basis)
+        if basis.ndim != 2 or basis.shape[1] != num_tasks or not _is_real(basis):
+            raise ValueError(
+                f"gramian: basis must hold real numbers of shape [K, {num_tasks}], one "
+                f"row a combination of {num_tasks} tasks; got {basis.dtype} of shape "
+                f"{basis.shape}."
+            )
     if axis_name is not None:
         # From rows: an operator's own Gramian goes through the losses, and so through
         # their collectives, which may have summed it already.
@@ -564,6 +579,68 @@ def gramian(
     for gram in grams[1:]:
         total = total + gram
     return total
+
+
+def _is_real(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _tasks_of(caller: str, task_grads: TaskGradients) -> int:
+    """The number of tasks, the same in all leaves."""
+    found = jax.tree_util.tree_leaves_with_path(task_grads)
+    if not found:
+        raise ValueError(f"{caller}: the tree of task gradients has no leaves.")
+    lengths: dict[int, str] = {}
+    for path, leaf in found:
+        shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+        where = jax.tree_util.keystr(path) or "(the whole tree)"
+        if not shape:
+            raise ValueError(
+                f"{caller}: leaf {where} is a scalar; expected task gradients of shape "
+                "[T, *param.shape], one gradient a task with the task first."
+            )
+        lengths.setdefault(shape[0], where)
+    given_pair = isinstance(task_grads, tuple) and is_lazy(task_grads)
+    if given_pair and not isinstance(found[0][1], LazyTaskGradient):
+        raise ValueError(
+            f"{caller}: expected task gradients, got a tuple of arrays and task "
+            "gradients: is it the pair (losses, task_grads) of task_jacobian? Pass its "
+            "second member."
+        )
+    if len(lengths) > 1:
+        said = ", ".join(f"{n} in leaf {where}" for n, where in lengths.items())
+        raise ValueError(
+            f"{caller}: the leaves differ in the number of tasks, their first axis: "
+            f"{said}; expected task gradients of shape [T, *param.shape]."
+        )
+    return next(iter(lengths))
+
+
+def _mask_of(caller: str, task_mask: Any, num_tasks: int) -> TaskMask | None:
+    if task_mask is None:
+        return None
+    mask = jnp.asarray(task_mask)
+    if mask.shape != (num_tasks,) or mask.dtype != bool:
+        raise ValueError(
+            f"{caller}: task_mask must hold {num_tasks} bools, one a task; got "
+            f"{mask.dtype} of shape {mask.shape}."
+        )
+    return mask
+
+
+def _weights_of(weights: Any, num_tasks: int) -> Weights:
+    if isinstance(weights, Mapping | LazyTaskGradient):
+        raise TypeError(
+            f"weighted_sum: expected weights [{num_tasks}] first and task gradients "
+            f"second, got a {type(weights).__name__} as weights."
+        )
+    array = jnp.asarray(weights)
+    if array.shape != (num_tasks,) or not _is_real(array):
+        raise ValueError(
+            f"weighted_sum: weights must be {num_tasks} real numbers, one a task; got "
+            f"{array.dtype} of shape {array.shape}."
+        )
+    return array
 
 
 def _summed_gramian(
@@ -648,7 +725,9 @@ def weighted_sum(
       >>> mtl.weighted_sum(jnp.array([0.5, 2.0]), g)
       {'w': Array([1.5, 4. ], dtype=float32)}
     """
-    weights = jnp.asarray(weights)
+    num_tasks = _tasks_of("weighted_sum", task_grads)
+    weights = _weights_of(weights, num_tasks)
+    task_mask = _mask_of("weighted_sum", task_mask, num_tasks)
     if task_mask is not None:
         weights = jnp.where(task_mask, weights, jnp.zeros((), weights.dtype))
     leaves, treedef = flatten(task_grads)
@@ -674,7 +753,7 @@ def hold(task_grads: TaskGradients, task_mask: TaskMask | None = None) -> TaskGr
     out = list(leaves)
     for operator, at in _by_operator(leaves)[0]:
         restricted: Any = _restricted(operator, [leaves[i] for i in at])
-        if hasattr(restricted, "hold"):
+        if callable(getattr(restricted, "hold", None)):
             held = restricted.hold(task_mask)
             for i in at:
                 leaf = leaves[i]

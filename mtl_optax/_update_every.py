@@ -130,6 +130,12 @@ def update_every(tx: Combiner, k: int) -> Combiner:
         step: Any = None,
         **extra: Any,
     ) -> tuple[Updates, UpdateEveryState]:
+        if not isinstance(state, UpdateEveryState):
+            raise TypeError(
+                "update_every: expected an UpdateEveryState, as its own `init` makes, "
+                f"got {type(state).__name__}. Was it made, or saved, before the "
+                "combiner was wrapped?"
+            )
         if step is not None:
             extra = {**extra, "step": step}
         told = method.read(task_grads, state.inner, params, losses, task_mask, extra)
@@ -151,7 +157,7 @@ def update_every(tx: Combiner, k: int) -> Combiner:
         return updates, UpdateEveryState(
             inner,
             jnp.copy(weights),  # no array twice: donated states hold each once
-            jnp.where(due, told.mask, state.made_for),
+            told.mask,  # the same as before, where nothing was due
             (phase + 1) % k,
         )
 

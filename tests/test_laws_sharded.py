@@ -17,7 +17,8 @@ WORKER = pathlib.Path(__file__).parent / "sharded_worker.py"
 
 def run(*arguments):
     """Cases and their errors: ``{method: {case: error}}``."""
-    eight = "--xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "")
+    eight = f"{flags} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": eight, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, str(WORKER), *arguments],

@@ -71,7 +71,7 @@ class Model(NamedTuple):
     layers: frozenset[str] = frozenset()
     lookups: frozenset[str] = frozenset()
     unused: frozenset[str] = frozenset()
-    tolerance: float = 2e-6
+    tolerance: float = 4e-6
     rounded: bool = False
 
 
@@ -79,7 +79,7 @@ MODELS = {}
 
 
 def model(
-    layers="", *, lookups="", unused="", tolerance=2e-6, rounded=False, name=None
+    layers="", *, lookups="", unused="", tolerance=4e-6, rounded=False, name=None
 ):
     def register(build):
         MODELS[name or build.__name__] = Model(
@@ -444,6 +444,19 @@ looked_up(
     ids=np.array([[1, 250]], np.uint8),
     rows=300,
     name="unsigned_ids",
+)
+# `jnp.take` hands ids on as they are; so does `flax.linen.Embed`.
+looked_up(
+    lambda table, ids: jnp.take(table, ids, axis=0),
+    ids=np.array([[43, 44, 100, 250]], np.uint8),
+    rows=300,
+    name="ids_narrower_than_the_table",
+)
+looked_up(
+    lambda table, ids: jnp.take(table, ids, axis=0, mode="clip"),
+    ids=np.array([[-3, 5, 127]], np.int8),
+    rows=300,
+    name="signed_ids_narrower_than_the_table",
 )
 looked_up(
     lambda table, ids: table[ids].sum(-2),
@@ -1774,6 +1787,71 @@ def assert_all_close(found, rows, tolerance):
             assert np.all(error <= tolerance), (kind, name, error.max())
             if value.ndim > 1:
                 np.testing.assert_array_equal(value, np.swapaxes(value, -1, -2))
+
+
+def test_nothing_is_held_where_tasks_are_swept_a_few_at_a_time():
+    loss_fn, params, batch, *_ = problem("dense")
+    for batch_size, kind in ((None, _operators.HeldSweep), (1, Forced.__mro__[1])):
+        _, lazy = mtl.task_jacobian(loss_fn, batch_size=batch_size)(params, batch)
+        assert type(operator_of(_tree.hold(lazy))) is kind
+
+
+def test_where_there_are_hardly_any_layers_rows_are_swept_a_few_at_a_time():
+    def loss_fn(p):
+        return [jnp.sum(jnp.sin(k * p["a"]) * p["b"]) for k in range(1, 6)]
+
+    params = {"a": jnp.arange(1.0, 5), "b": jnp.ones(4)}
+    _, lazy = mtl.task_jacobian(loss_fn, batch_size=2)(params)
+    found = mtl.explain(lazy)
+    assert {leaf.way for leaf in found.leaves} == {"stored"}
+    assert "2 at a time" in found.gramian
+    rows = jax.tree.leaves(jax.jacrev(lambda p: jnp.stack(loss_fn(p)))(params))
+    rows = np.concatenate(rows, 1)
+    np.testing.assert_allclose(mtl.gramian(lazy), rows @ rows.T, 1e-5)
+    traced = jax.make_jaxpr(lambda p: mtl.gramian(lazy_of(loss_fn, p, 2)))(params)
+    assert "scan" in str(traced)
+
+
+def lazy_of(loss_fn, params, batch_size):
+    return mtl.task_jacobian(loss_fn, batch_size=batch_size)(params)[1]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e8])
+def test_a_held_combination_with_weights_far_from_one(scale):
+    # A combined cotangent of this size is no float16 number.
+    x = jnp.linspace(-1, 1, 24).reshape(3, 8).astype(jnp.float16)
+
+    def loss_fn(p):
+        h = jnp.tanh(x @ p["w"].astype(jnp.float16)).astype(jnp.float32)
+        return jnp.mean(h**2), jnp.mean(jnp.abs(h))
+
+    params = {"w": jnp.linspace(-1, 1, 48).reshape(8, 6)}
+    _, lazy = mtl.task_jacobian(loss_fn)(params)
+    weights = jnp.array([1.0, 0.5])
+    wanted = np.asarray(mtl.weighted_sum(weights, lazy)["w"], np.float64) * scale
+    found = mtl.weighted_sum(weights * scale, _tree.hold(lazy))["w"]
+    np.testing.assert_allclose(found, wanted, 0, 5e-3 * np.abs(wanted).max())
+
+
+def test_ragged_products_are_swept_one_by_one():
+    sizes = jnp.array([2, 1, 3])
+
+    def loss_fn(p, x):
+        y = jax.lax.ragged_dot(x, p["experts"], sizes)
+        return three(jnp.tanh(y) @ p["out"])
+
+    params = weights(experts=(3, 4, 5), out=(5, 3))
+    x = jnp.asarray(X.reshape(-1, 4)[:6], jnp.float32)
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+    rows = [jax.grad(lambda p, t=t: loss_fn(p, x)[t])(params) for t in range(3)]
+    rows = np.stack([flat(row) for row in rows])
+    for options in ({}, {"mode": "layerwise"}, {"mode": "unroll"}):
+        _, lazy = mtl.task_jacobian(loss_fn, **options)(params, x)
+        np.testing.assert_allclose(mtl.gramian(lazy), rows @ rows.T, 1e-4, 1e-6)
+        stacked = jnp.concatenate(
+            [g.reshape(3, -1) for g in jax.tree.leaves(mtl.materialize(lazy))], 1
+        )
+        np.testing.assert_allclose(stacked, rows, 1e-5, 1e-6)
 
 
 def operator_of(lazy):

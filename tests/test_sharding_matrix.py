@@ -47,7 +47,8 @@ PARAMETERS = {
 
 
 def run(*arguments):
-    eight = "--xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "")
+    eight = f"{flags} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": eight, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, str(pathlib.Path(worker.__file__)), *arguments],

@@ -56,7 +56,8 @@ memory: temporary arrays by XLA's plan, which uses the room of returned gradient
 and does not count it; of PyTorch, by how much the process grew.
 compile: to trace and to compile.
 differs: relative distance of the combined gradient from our default's (of torch, from
-plain's). All weigh tasks by inverse norms; features takes these norms at the features.
+plain's). All weigh tasks by inverse norms; features takes these norms at the features,
+so that its gradient is another.
 """
 
 # Of the machine's memory; a way that needs more could end the whole process.
@@ -412,9 +413,9 @@ def table(rows: Sequence[Row]) -> str:
             number(row.over_default, ".2f"),
             number(row.milliseconds, ".1f"),
             (">= " if row.loops else "") + number(row.flops, ".2f"),
-            number(row.megabytes, ".1f", " MB"),
+            number(row.megabytes, ".1f" if row.megabytes >= 10 else ".2g", " MB"),
             number(row.compile_seconds, ".1f", " s"),
-            number(row.differs, ".0e"),
+            "" if row.way == FEATURES else number(row.differs, ".0e"),
             row.note,
         ]
 

@@ -22,8 +22,7 @@ from mtl_optax.bench.models import EPSILON, Problem
 Numbers: TypeAlias = npt.NDArray[Any]
 
 INSTALL = (
-    "pip install --extra-index-url https://download.pytorch.org/whl/cpu "
-    '"mtl_optax[bench]"'
+    'pip install --extra-index-url https://download.pytorch.org/whl/cpu -e ".[bench]"'
 )
 PLAIN = "torch"
 WAYS = (PLAIN, "backward", "backward_by_leaf", "autogram")

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from mtl_optax._tree import LazyTaskGradient
+from mtl_optax.jacobian._features import FeatureJacobian
 from mtl_optax.jacobian._operators import Held, JointJacobian, SeparateJacobian
 from mtl_optax.jacobian._plan import LeafPlan
+from mtl_optax.jacobian._trace import forward_flops
 
 
 class LeafCost(NamedTuple):
@@ -25,6 +27,8 @@ class LeafCost(NamedTuple):
         by the sweep, as for biases and for whatever is not understood as a layer.
         ``"unused"``: no loss reads it. ``"stored"``: task gradients of a mode that
         stores all. ``"column"``: a backward and a forward pass a task.
+        ``"features"``: none, with `feature_jacobian`. ``"own"``: as an operator that
+        is not this package's does.
       reason: why, in words.
       flops: operations for its inner products.
       bytes: held for them.
@@ -46,7 +50,8 @@ class Explanation(NamedTuple):
       gramian: how the Gramian is taken, in words.
       combination: how a combination follows, in words.
       plain_steps: floating-point operations of a Gramian and a combination as a
-        multiple of a plain gradient's, counting layers only; None if not known.
+        multiple of a plain gradient's, counting products and convolutions only; None
+        if not known.
       leaves: one a parameter.
     """
 
@@ -65,7 +70,7 @@ class Explanation(NamedTuple):
         if self.plain_steps is not None:
             head.append(
                 f"both: about {self.plain_steps:.1f} plain gradients, by the "
-                "operations of the layers"
+                "operations of products"
             )
         names = ("parameter", "shape", "way", "MFLOP", "MB", "because")
         rows = [
@@ -73,8 +78,8 @@ class Explanation(NamedTuple):
                 leaf.path,
                 " x ".join(map(str, leaf.shape)) or "scalar",
                 leaf.way,
-                f"{leaf.flops / 1e6:.1f}",
-                f"{leaf.bytes / 1e6:.1f}",
+                _millions(leaf.flops),
+                _millions(leaf.bytes),
                 leaf.reason,
             )
             for leaf in self.leaves
@@ -85,6 +90,11 @@ class Explanation(NamedTuple):
             for row in (names, *rows)
         ]
         return "\n".join([*head, *(line.rstrip() for line in table)])
+
+
+def _millions(number: int) -> str:
+    millions = number / 1e6
+    return f"{millions:.0f}" if millions >= 10 else f"{millions:.2g}"
 
 
 def explain(task_grads: PyTree[Any]) -> Explanation:
@@ -118,10 +128,10 @@ def explain(task_grads: PyTree[Any]) -> Explanation:
       3 tasks
       Gramian: layer by layer, from one sweep of all cotangents
       combination: from what the Gramian left behind
-      both: about 1.7 plain gradients, by the operations of the layers
-      parameter  shape      way     MFLOP  MB   because
-      ['b']      256        direct  0.0    0.0  is used by `add`
-      ['w']      256 x 256  kernel  0.2    0.0  8 examples, 256 x 256 weights
+      both: about 1.7 plain gradients, by the operations of products
+      parameter  shape      way     MFLOP   MB      because
+      ['b']      256        direct  0.0046  0.0031  is used by `add`
+      ['w']      256 x 256  kernel  0.17    0.025   8 examples, 256 x 256 weights
     """
     leaves = jax.tree.leaves(task_grads)
     if not leaves:
@@ -141,14 +151,11 @@ def explain(task_grads: PyTree[Any]) -> Explanation:
     if isinstance(operator, Held):
         operator = operator.base
     operator = operator.restrict([leaf.index for leaf in leaves])
-    layered = isinstance(operator, JointJacobian) and operator.mode in (
-        None,
-        "layerwise",
-    )
-    if layered and not operator.takes_columns:
+    if not isinstance(operator, JointJacobian | SeparateJacobian):
+        return _elsewhere(operator, leaves)
+    if isinstance(operator, JointJacobian) and operator.by_layer:
         return _by_layer(operator, leaves)
-    known = isinstance(operator, (JointJacobian, SeparateJacobian))
-    return _by_rows(operator, leaves, known)
+    return _by_rows(operator, leaves)
 
 
 def _by_layer(
@@ -171,7 +178,7 @@ def _by_layer(
         tasks,
         words,
         "from what the Gramian left behind" if held else "one more backward pass",
-        _plain_steps(plans, sweeps, held),
+        _plain_steps(plans, sweeps, held, forward_flops(operator.traced)),
         tuple(
             LeafCost(leaf.path, leaf.shape[1:], p.way, p.reason, p.flops, p.bytes)
             for leaf, p in zip(leaves, plans, strict=True)
@@ -179,52 +186,64 @@ def _by_layer(
     )
 
 
-def _plain_steps(plans: Sequence[LeafPlan], sweeps: int, held: bool) -> float | None:
-    """Operations beside those of a plain gradient: 3 products a layer."""
-    layers = [(plan, plan.size) for plan in plans if plan.size is not None]
-    forward = sum(2 * math.prod(s) for p, s in layers if p.way != "lookup")
+def _plain_steps(
+    plans: Sequence[LeafPlan], sweeps: int, held: bool, forward: int
+) -> float | None:
+    """Operations beside those of a plain gradient, which are thrice the forward's."""
     if not forward:
         return None
-    # The sweep goes through every layer, the last combination only where it must.
-    total = forward * (1 + sweeps) + sum(plan.flops for plan in plans)
-    for plan, size in layers:
-        if plan.way != "lookup" and (not held or plan.way == "kernel"):
-            total += 2 * math.prod(size) * (1 if held else 2)
+    layers = [plan for plan in plans if plan.size is not None and plan.way != "lookup"]
+    sizes = [2 * math.prod(plan.size or ()) for plan in layers]
+    # A sweep takes what goes on from a layer; of other products both derivatives.
+    others = max(forward - sum(sizes), 0)
+    total = forward + sweeps * (sum(sizes) + 2 * others)
+    total += sum(plan.flops for plan in plans)
+    if held:
+        pairs = zip(layers, sizes, strict=True)
+        total += sum(size for plan, size in pairs if plan.way == "kernel")
+    else:
+        total += 2 * forward
     return total / (3 * forward)
 
 
 def _by_rows(
-    operator: Any, leaves: Sequence[LazyTaskGradient], known: bool
+    operator: JointJacobian | SeparateJacobian, leaves: Sequence[LazyTaskGradient]
 ) -> Explanation:
-    tasks = operator.num_tasks
-    if not known:
-        way, words = "stored", f"{type(operator).__name__} takes it in its own way"
-    elif operator.stores_rows:
-        way, words = "stored", f"all rows are stored (mode={operator.mode!r})"
+    tasks, together = operator.num_tasks, operator.batch_size
+    if operator.stores_rows:
+        way, reason, rows = "stored", "of all tasks", tasks
+        swept = "" if together is None else f", swept {together} at a time"
+        words = f"all rows are stored (mode={operator.mode!r}{swept})"
+        combination = "from the rows"
     else:
-        together = operator.batch_size or 1
+        way, reason, rows = "column", "of one task at a time", 1
         words = (
             "a backward and a forward pass for every task, "
-            f"{together} at a time: about {4 * tasks / 3:.0f} plain gradients"
+            f"{together or 1} at a time: about {4 * tasks / 3:.0f} plain gradients"
         )
-        way = "column"
-    stored = known and operator.stores_rows
-    reason = "of all tasks" if way == "stored" else "of one task at a time"
-    rows = tasks if way == "stored" else 1
+        combination = "one more backward pass"
+
+    def cost(leaf: LazyTaskGradient) -> LeafCost:
+        held = rows * leaf.size // tasks * jnp.dtype(leaf.dtype).itemsize
+        flops = 2 * tasks * leaf.size
+        return LeafCost(leaf.path, leaf.shape[1:], way, reason, flops, held)
+
+    return Explanation(tasks, words, combination, None, tuple(map(cost, leaves)))
+
+
+def _elsewhere(operator: Any, leaves: Sequence[LazyTaskGradient]) -> Explanation:
+    """Where no Gramian is taken of these leaves, or by somebody else's operator."""
+    if isinstance(operator, FeatureJacobian):
+        size = sum(x.size for x in operator.heads.features)
+        way, reason = "features", "its share is not looked at"
+        words = f"at the features, {size} numbers a task, from a sweep of the heads"
+    else:
+        way, reason = "own", "as its operator does"
+        words = f"{type(operator).__name__} takes it in its own way"
     return Explanation(
-        tasks,
+        operator.num_tasks,
         words,
-        "from the rows" if stored else "one more backward pass",
+        "one more backward pass",
         None,
-        tuple(
-            LeafCost(
-                leaf.path,
-                leaf.shape[1:],
-                way,
-                reason,
-                2 * tasks * leaf.size,
-                rows * leaf.size // tasks * jnp.dtype(leaf.dtype).itemsize,
-            )
-            for leaf in leaves
-        ),
+        tuple(LeafCost(x.path, x.shape[1:], way, reason, 0, 0) for x in leaves),
     )

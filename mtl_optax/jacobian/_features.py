@@ -17,8 +17,9 @@ from jaxtyping import Array, PyTree
 
 from mtl_optax._tree import flatten, gramian, lazy_tree
 from mtl_optax._types import Basis, Losses, Params, TaskJacobian, TaskMask, Weights
-from mtl_optax.jacobian._losses import at_least_float32, loss_vector
+from mtl_optax.jacobian._losses import at_least_float32, form_of, loss_vector
 from mtl_optax.jacobian._operators import UNROLL, RowMode, like_losses, map_rows
+from mtl_optax.jacobian._reductions import sums_go_wrong, with_right_sums
 from mtl_optax.jacobian._task_jacobian import task_jacobian
 from mtl_optax.jacobian._trace import call_equation, read_traits
 
@@ -224,12 +225,15 @@ def _trace_heads(
         separate.append(apart)
         if not apart:
             return [vector]
-        return [at_least_float32(x, "the loss") for x in jax.tree.leaves(losses)]
+        scalars = [jnp.asarray(x) for x in jax.tree.leaves(losses)]
+        return [at_least_float32(x, "the loss") for x in scalars]
 
     # On accelerators the heads' own products may run in TF32 or bfloat16, which a
     # Gramian of near-parallel rows can't bear.
     with jax.default_matmul_precision("highest"):
         jaxpr = jax.make_jaxpr(outputs)(leaves)
+        if sums_go_wrong(jaxpr):
+            jaxpr = jax.make_jaxpr(with_right_sums(outputs))(leaves)
     if not read_traits(jaxpr).depends:
         raise ValueError(
             "feature_jacobian: no loss depends on the features that encoder returned. "
@@ -274,7 +278,7 @@ def _split(who: str, form: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(
             f"feature_jacobian: with has_aux=True {who} must return a tuple {form}, "
-            f"got {type(out).__name__}."
+            f"got {form_of(out)}."
         )
     return out
 

@@ -33,6 +33,9 @@ LayerWay: TypeAlias = Literal["kernel", "rows", "lookup"]
 # Tasks that a product takes at a time.
 _TOGETHER = 8
 
+# More tasks than these take them in a loop, lest the program grow with their number.
+_UNROLLED = 32
+
 
 class Size(NamedTuple):
     """What one layer's share of the Gramian is made of.
@@ -132,15 +135,28 @@ def digested_gramian(
     kernels = [_dot(x, x, axes, dtype) for x in seen]
     kernel = sum(kernels[1:], kernels[0])  # [B, N, N]
 
+    def columns(some: Array) -> Array:
+        axes = ((2,), (2,)), ((0,), (1,))
+        through = _dot(kernel, some, axes, dtype)  # [B, N, t, O]
+        return inner_products(left, jnp.moveaxis(through, 2, 0))
+
     # A few tasks at a time: all would take as much memory as their cotangents again.
-    columns = []
-    for first in range(0, right.shape[0], _TOGETHER):
-        some = right[first : first + _TOGETHER]
-        through = _dot(
-            kernel, some, (((2,), (2,)), ((0,), (1,))), dtype
-        )  # [B, N, t, O]
-        columns.append(inner_products(left, jnp.moveaxis(through, 2, 0)))
-    return columns[0] if len(columns) == 1 else jnp.concatenate(columns, 1)
+    count = right.shape[0]
+    whole = count // _TOGETHER * _TOGETHER
+    if count <= _UNROLLED:
+        starts = range(0, count, _TOGETHER)
+        parts = [columns(right[first : first + _TOGETHER]) for first in starts]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+
+    def put(chunk: Array, gram: Array) -> Array:
+        first = chunk * _TOGETHER
+        some = columns(lax.dynamic_slice_in_dim(right, first, _TOGETHER))
+        return lax.dynamic_update_slice_in_dim(gram, some, first, 1)
+
+    zeros = [late_zero(x).astype(dtype) for x in (kernel, left, right)]
+    gram: Array = jnp.broadcast_to(sum(zeros), (left.shape[0], count))
+    gram = lax.fori_loop(0, whole // _TOGETHER, put, gram)
+    return gram if whole == count else gram.at[:, whole:].set(columns(right[whole:]))
 
 
 def weight_gradient(
@@ -312,12 +328,17 @@ def _looked_at(
 ) -> tuple[Array, Array, Array]:
     """The rows looked up, whether a gradient reaches them, and a number for each."""
     eqn = uses[0].eqn
-    last = eqn.invars[0].aval.shape[0] - 1
-    rows = jnp.concatenate([ids.reshape(-1) for (ids,) in inputs])
-    inside = (rows >= 0) & (rows <= last)
+    found = []
+    for (ids,) in inputs:
+        # Of a table of more rows than narrow ids can name, the last is not their last.
+        last = min(eqn.invars[0].aval.shape[0] - 1, jnp.iinfo(ids.dtype).max)
+        near = jnp.clip(ids.reshape(-1), 0, last)
+        wide = jnp.promote_types(ids.dtype, jnp.int32)
+        found.append((near.astype(wide), near == ids.reshape(-1)))
+    rows = jnp.concatenate([near for near, _ in found])
+    inside = jnp.concatenate([same for _, same in found])
     if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
         inside = jnp.ones_like(inside)
-    rows = jnp.clip(rows, 0, last)
     _, ranks = jnp.unique(rows, return_inverse=True, size=rows.shape[0])
     return rows, inside, ranks.reshape(-1)
 

@@ -16,9 +16,15 @@ def split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(
             "with has_aux=True loss_fn must return a tuple (losses, aux), got "
-            f"{type(out).__name__}."
+            f"{form_of(out)}."
         )
     return out
+
+
+def form_of(out: Any) -> str:
+    """A value's type for messages; of a tuple also its length."""
+    name = type(out).__name__
+    return f"{name} of {len(out)}" if isinstance(out, tuple | list) else name
 
 
 def loss_vector(losses: Any) -> tuple[Array, tuple[str, ...], bool]:

@@ -54,6 +54,10 @@ _PAIRED = 7
 _HELD_BYTES = 384 * 2**20
 _HELD_TASKS = 16
 
+# Rows of parameters that are no layers' are stored up to this size, where tasks are
+# swept a few at a time.
+_ROWS_BYTES = 64 * 2**20
+
 
 def map_rows(
     fn: Callable[[Any], Any],
@@ -173,11 +177,11 @@ class JointJacobian(BaseJacobian):
     def gramian(
         self, basis: Basis | None = None, task_mask: TaskMask | None = None
     ) -> Array:
-        if self.stores_rows:
-            return gramian(self.stack(), basis=basis, task_mask=task_mask)
+        if self.by_layer:
+            return self._by_layer(basis, task_mask)
         if self.takes_columns:
             return self._columns(basis, task_mask)
-        return self._by_layer(basis, task_mask)
+        return gramian(self.stack(), basis=basis, task_mask=task_mask)
 
     def hold(self, task_mask: TaskMask | None = None) -> TaskJacobian:
         """The same Jacobian, holding what saves a later combination a backward pass.
@@ -200,7 +204,17 @@ class JointJacobian(BaseJacobian):
         """Whether all rows are in memory at once."""
         if self.mode == "map":
             return not self.takes_columns
+        if self.mode is None and self.batch_size is not None and not self.takes_columns:
+            # Where there are hardly any layers, pairs of sweeps save nothing.
+            plans = self.plans
+            rows = sum(plan.left for plan in plans if plan.way == "direct")
+            return rows <= _ROWS_BYTES and 2 * rows > sum(plan.left for plan in plans)
         return self.mode in ("vmap", "unroll")
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the Gramian is taken from what layers see."""
+        return not (self.stores_rows or self.takes_columns)
 
     @property
     def takes_columns(self) -> bool:
@@ -232,6 +246,8 @@ class JointJacobian(BaseJacobian):
     @property
     def _unrolls(self) -> bool:
         """Whether tasks are swept one by one: what XLA does badly on CPU."""
+        if self.traits.ragged:
+            return True
         most = _UNROLL_SCATTERS if self.traits.scatters else 0
         most = _UNROLL_CONVOLUTIONS if self.traits.convolves else most
         return self.num_tasks <= most and jax.default_backend() == "cpu"
@@ -308,7 +324,8 @@ class JointJacobian(BaseJacobian):
     def _row_mode(self) -> RowMode:
         if self.mode is not None and self.mode != "layerwise":
             return self.mode
-        return "unroll" if self.num_tasks <= UNROLL else "vmap"
+        few = self.num_tasks <= UNROLL and self.batch_size is None
+        return "unroll" if few or self.traits.ragged else "vmap"
 
 
 def _in_pairs(
@@ -432,7 +449,8 @@ class HeldSweep(Held):
         return mirrored(gram)
 
     def combine(self, weights: Weights) -> list[Array]:
-        return sweep_combination(self.layers, self.digests, weights)
+        unit, weights = split_unit(weights, self.losses)
+        return scale_tree(unit, sweep_combination(self.layers, self.digests, weights))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -80,18 +80,19 @@ def _plan(leaf: int, found: Found, param: Any, num_tasks: int) -> LeafPlan:
         if reason is not None:
             return direct(reason)
     costs: dict[LayerWay, tuple[int, int]] = {
-        "kernel": _kernel_cost(size, num_tasks, width),
-        "rows": _rows_cost(size, num_tasks, width),
+        "kernel": _kernel_cost(uses, size, num_tasks),
+        "rows": _rows_cost(size, num_tasks),
     }
     if 0 in size:
         return direct("it is empty")
-    way = min(costs, key=lambda way: costs[way][0] + _FLOPS_PER_BYTE * costs[way][1])
+    byte = _FLOPS_PER_BYTE * width
+    way = min(costs, key=lambda way: costs[way][0] + byte * costs[way][1])
     flops, held = costs[way]
     narrow = f"{size.examples} examples, {size.inputs} x {size.outputs} weights"
     swept = sum(math.prod(use.output_shape) for use in uses)
     read = 0 if way == "rows" else size.pieces * size.examples * size.inputs
     left = width * (num_tasks * max(swept, entries if way == "rows" else 0) + read)
-    return LeafPlan(leaf, way, narrow, uses, size, flops, held, left)
+    return LeafPlan(leaf, way, narrow, uses, size, flops, width * held, left)
 
 
 def _plan_table(
@@ -126,14 +127,17 @@ def _odd_convolution(uses: Sequence[Use]) -> str | None:
     return None
 
 
-def _kernel_cost(size: Size, num_tasks: int, width: int) -> tuple[int, int]:
+def _kernel_cost(uses: Sequence[Use], size: Size, tasks: int) -> tuple[int, int]:
+    """Operations, and numbers held at once."""
     pieces, n, inputs, outputs = size
-    held = num_tasks * n * outputs
-    flops = n * n * inputs + n * held + num_tasks * held
-    return 2 * pieces * flops, width * (n * n + held)
+    seen, cotangents = n * n * inputs, tasks * n * outputs
+    through = (n + tasks) * cotangents
+    if uses[0].kind == "conv_general_dilated":  # one matrix for all offsets
+        return 2 * (pieces * seen + through), n * n + cotangents
+    return 2 * pieces * (seen + through), pieces * (n * n + cotangents)
 
 
-def _rows_cost(size: Size, num_tasks: int, width: int) -> tuple[int, int]:
+def _rows_cost(size: Size, tasks: int) -> tuple[int, int]:
     pieces, n, inputs, outputs = size
-    held = num_tasks * inputs * outputs
-    return 2 * pieces * (n * held + num_tasks * held), width * held
+    rows = pieces * tasks * inputs * outputs
+    return 2 * (n + tasks) * rows, rows

@@ -1,13 +1,13 @@
 r"""A way around wrong sums in XLA's CPU back end.
 
 From jaxlib 0.10.2 on, that back end fuses chains of sums (its YNN fusions), and gets
-some of them wrong from about a thousand rows on: the derivative of a LayerNorm, or of
-anything else that subtracts a mean and divides by a deviation, is off by up to 80 %,
-under `vmap` or, in 0.12, in plain training too. `XLA_FLAGS` with
-``--xla_cpu_experimental_ynn_fusion_type=`` turns these fusions off.
+some long ones wrong: the derivative of a LayerNorm, or of anything else that subtracts
+a mean and divides by a deviation, is off by up to 80 % under `vmap` or, in 0.12, in
+plain training too. `XLA_FLAGS` with ``--xla_cpu_experimental_ynn_fusion_type=`` turns
+these fusions off.
 
-Losses are run so that the chains break where they would go wrong: what is summed, and
-what is broadcast (and so summed on the way back), passes through a clamp to all numbers
+Losses are run so that the chains break where they would go wrong: what is computed and
+then broadcast (and so summed on the way back) passes through a clamp to all numbers
 there are, which changes nothing and which these fusions do not hold. This is done only
 where a trial on the machine at hand shows the fault, so a mended release is left alone.
 """
@@ -26,7 +26,6 @@ from jaxtyping import Array, PyTree
 from mtl_optax.jacobian._trace import (
     CALLS,
     REMAT,
-    Traits,
     call_equation,
     consts_of,
     open_jaxpr,
@@ -36,26 +35,27 @@ from mtl_optax.jacobian._trace import (
 # Rows of 64 numbers: 1024 of them show the fault of 0.10.2, 4096 also that of 0.12.
 _TRIAL = (4096, 64)
 
-# Of 256 rows all sums were right.
-_LEAST = 256 * 64
-
 _BROADCASTS = frozenset(
     {"broadcast_in_dim", "add", "sub", "mul", "div", "max", "min", "pow", "select_n"}
 )
-
 _VIEWS = frozenset({"reshape", "broadcast_in_dim", "transpose", "convert_element_type"})
 
 
-def sums_go_wrong(traits: Traits) -> bool:
-    """Whether these losses hold sums that this machine's XLA may get wrong."""
-    risky = traits.largest_sum >= _LEAST
-    return risky and jax.default_backend() == "cpu" and _trial_fails()
+def sums_go_wrong(closed_jaxpr: Any) -> bool:
+    """Whether these traced losses hold sums that this machine's XLA may get wrong.
+
+    Of any size: tasks, and members of a `vmap` around everything, make them longer.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    jaxpr = open_jaxpr(closed_jaxpr)
+    return _at_risk(jaxpr, [True] * len(jaxpr.invars)) and _trial_fails()
 
 
 @functools.cache
 def _trial_fails() -> bool:
     """Takes the derivative of a normalisation with and without what mends it."""
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), jax.disable_jit(False):
         keys = jax.random.split(jax.random.key(0))
         x = jax.random.normal(keys[0], _TRIAL, jnp.float32)
         cotangents = jax.random.normal(keys[1], (4, *_TRIAL), jnp.float32)
@@ -104,78 +104,112 @@ def with_right_sums(fn: Callable[..., Any]) -> Callable[..., Any]:
     return kept_apart
 
 
-def _apart(x: Any) -> Any:
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating) or jnp.ndim(x) == 0:
-        return x
-    most = jnp.asarray(jnp.inf, jnp.result_type(x))
-    return lax.clamp(-most, x, most)
+def _holds_equations(eqn: Any) -> bool:
+    name = eqn.primitive.name
+    return name in CALLS or name in REMAT or name == "scan"
+
+
+class _Given:
+    """Which variables of a jaxpr are its arguments, or those rearranged.
+
+    These are left alone, so that layers stay recognisable.
+    """
+
+    def __init__(self, jaxpr: Any, given: Sequence[bool]) -> None:
+        self._known = {v for v, x in zip(jaxpr.invars, given, strict=True) if x}
+        self._known.update(jaxpr.constvars)
+
+    def of(self, eqn: Any) -> list[bool]:
+        return [isinstance(v, Literal) or v in self._known for v in eqn.invars]
+
+    def broadcast(self, eqn: Any) -> list[bool]:
+        """Which inputs an equation broadcasts, so that they must be kept apart."""
+        given, name = self.of(eqn), eqn.primitive.name
+        if name in _VIEWS and given[0]:
+            self._known.update(eqn.outvars)
+        if name not in _BROADCASTS:
+            return [False] * len(given)
+        size = eqn.outvars[0].aval.size
+        return [
+            not x and v.aval.ndim > 0 and v.aval.size < size and _is_real(v.aval)
+            for x, v in zip(given, eqn.invars, strict=True)
+        ]
+
+
+def _is_real(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def _inside(eqn: Any, given: Sequence[bool]) -> list[bool]:
+    """Which arguments of the equations inside are arguments of the losses."""
+    if eqn.primitive.name != "scan":
+        return list(given)
+    first, carried = scan_layout(eqn)
+    return [x and not first <= k < first + carried for k, x in enumerate(given)]
+
+
+def _at_risk(jaxpr: Any, given: Sequence[bool]) -> bool:
+    known = _Given(jaxpr, given)
+    for eqn in jaxpr.eqns:
+        if _holds_equations(eqn):
+            inner = open_jaxpr(eqn.params["jaxpr"])
+            if _at_risk(inner, _inside(eqn, known.of(eqn))):
+                return True
+        elif any(known.broadcast(eqn)):
+            return True
+    return False
 
 
 def _run(
     jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], given: Sequence[bool]
 ) -> list[Any]:
-    """Runs equations; `given` tells which arguments are but arguments rearranged.
-
-    These are left alone, so that layers stay recognisable.
-    """
-    known = dict(zip(jaxpr.constvars, consts, strict=True))
-    known |= dict(zip(jaxpr.invars, args, strict=True))
-    alone = {v for v, x in zip(jaxpr.invars, given, strict=True) if x}
-    alone.update(jaxpr.constvars)
+    values = dict(zip(jaxpr.constvars, consts, strict=True))
+    values |= dict(zip(jaxpr.invars, args, strict=True))
+    known = _Given(jaxpr, given)
 
     def read(var: Any) -> Any:
-        return var.val if isinstance(var, Literal) else known[var]
-
-    def is_given(var: Any) -> bool:
-        return isinstance(var, Literal) or var in alone
+        return var.val if isinstance(var, Literal) else values[var]
 
     for eqn in jaxpr.eqns:
-        values = [read(var) for var in eqn.invars]
-        name = eqn.primitive.name
-        if name in CALLS or name in REMAT or name == "scan":
-            outputs = _run_call(eqn, values, [is_given(var) for var in eqn.invars])
+        inputs = [read(var) for var in eqn.invars]
+        if _holds_equations(eqn):
+            outputs = _run_call(eqn, inputs, _inside(eqn, known.of(eqn)))
         else:
-            if name in _VIEWS and is_given(eqn.invars[0]):
-                alone.update(eqn.outvars)
-            elif name in _BROADCASTS:
-                size = eqn.outvars[0].aval.size
-                values = [
-                    value if is_given(var) or var.aval.size == size else _apart(value)
-                    for var, value in zip(eqn.invars, values, strict=True)
-                ]
-            outputs = call_equation(eqn, values)
-            if name == "reduce_sum":
-                outputs = [_apart(output) for output in outputs]
-        known.update(zip(eqn.outvars, outputs, strict=True))
+            pairs = zip(inputs, known.broadcast(eqn), strict=True)
+            outputs = call_equation(eqn, [_apart(x) if y else x for x, y in pairs])
+        values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(var) for var in jaxpr.outvars]
 
 
-def _run_call(eqn: Any, values: Sequence[Any], given: Sequence[bool]) -> list[Any]:
+def _apart(x: Array) -> Array:
+    most = jnp.asarray(jnp.inf, x.dtype)
+    return lax.clamp(-most, x, most)
+
+
+def _run_call(eqn: Any, inputs: Sequence[Any], given: Sequence[bool]) -> list[Any]:
     """An equation that holds other equations."""
     name, inner = eqn.primitive.name, eqn.params["jaxpr"]
     body, consts = open_jaxpr(inner), consts_of(inner)
     if name in CALLS:
-        return _run(body, consts, values, given)
+        return _run(body, consts, inputs, given)
     if name in REMAT:
         again = jax.checkpoint(
             lambda *args: _run(body, consts, args, given),
             policy=eqn.params["policy"],
             prevent_cse=eqn.params["prevent_cse"],
         )
-        return list(again(*values))
-    layout = scan_layout(eqn)
-    first = layout.num_consts
-    last = first + layout.num_carry
-    within = [x and not first <= at < last for at, x in enumerate(given)]
+        return list(again(*inputs))
+    first, carried = scan_layout(eqn)
+    last = first + carried
 
     def round_(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        outputs = _run(body, consts, [*values[:first], *carry, *xs], within)
-        return outputs[: layout.num_carry], outputs[layout.num_carry :]
+        outputs = _run(body, consts, [*inputs[:first], *carry, *xs], given)
+        return outputs[:carried], outputs[carried:]
 
     carry, stacked = lax.scan(
         round_,
-        list(values[first:last]),
-        list(values[last:]),
+        list(inputs[first:last]),
+        list(inputs[last:]),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],

@@ -61,9 +61,12 @@ def task_jacobian(
         each: least memory, most time. The default is ``"layerwise"``, but keeps the
         cotangents for the combination where tasks are few; rows that are asked for
         (`materialize`) are unrolled up to 4 tasks and vmapped beyond.
+        With `in_axes`, and for ``"map"`` where the losses hold a `custom_vjp` or
+        arithmetic in less than 32 bits, all rows are stored.
       batch_size: how many tasks are swept at once, as in `jax.lax.map`. Rows cost the
         same time; a layer-wise Gramian of T tasks in n sweeps costs (n + 1) / 2 times
-        the time, since every pair of sweeps must meet. Default: all tasks.
+        the time, since every pair of sweeps must meet (where hardly any parameter is a
+        layer's, the default stores rows instead). Default: all tasks.
 
     Returns:
       a function of `loss_fn`'s arguments that gives ``(losses [T], task_grads)``, with
@@ -90,10 +93,20 @@ def task_jacobian(
       >>> tx = mtl.mgda(num_tasks=2)
       >>> updates, state = tx.update(task_grads, tx.init(params), params)
     """
+    if not callable(loss_fn):
+        raise TypeError(
+            "task_jacobian: loss_fn must be a function that returns the losses, got a "
+            f"{type(loss_fn).__name__}. Pass the function, not its value."
+        )
     check_options(mode, in_axes)
     if batch_size is not None:
         check_count("batch_size", batch_size)
-    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        if mode == "unroll":
+            raise ValueError(
+                'mode="unroll" sweeps tasks one by one and takes no batch_size; got '
+                f'batch_size={batch_size}. mode="vmap" does.'
+            )
+    chosen = _positions(argnums)
 
     def losses_and_task_grads(*args: Any, **kwargs: Any) -> Any:
         for position in chosen:
@@ -169,6 +182,17 @@ def value_and_task_grads(
     return losses_and_stacked_grads
 
 
+def _positions(argnums: Any) -> tuple[int, ...]:
+    given = (argnums,) if isinstance(argnums, int) else argnums
+    good = isinstance(given, tuple | list) and given
+    if not good or any(isinstance(k, bool) or not isinstance(k, int) for k in given):
+        raise TypeError(
+            "argnums must be the number of a positional argument, or several; got "
+            f"{argnums!r}."
+        )
+    return tuple(given)
+
+
 def _joint(
     call: Callable[..., Any],
     args: Sequence[Any],
@@ -196,7 +220,7 @@ def _joint(
     traced = jax.make_jaxpr(function)(params)
     traits = read_traits(traced)
     check_dependence(traits.depends)
-    if sums_go_wrong(traits) and not kept_apart:
+    if sums_go_wrong(traced) and not kept_apart:
         apart = with_right_sums(call)
         return _joint(apart, args, params, has_aux, kept_apart=True)
     losses, vjp, aux = jax.vjp(vector_and_aux, params, has_aux=True)
@@ -237,9 +261,9 @@ def _separate(
     def all_losses(params: PyTree[Array]) -> tuple[Array, Any]:
         return jax.vmap(loss_and_aux, in_axes=(None, 0))(params, batches)
 
-    traits = read_traits(jax.make_jaxpr(lambda p: all_losses(p)[0])(params))
-    check_dependence(traits.depends)
-    if sums_go_wrong(traits) and not kept_apart:
+    traced = jax.make_jaxpr(lambda p: all_losses(p)[0])(params)
+    check_dependence(read_traits(traced).depends)
+    if sums_go_wrong(traced) and not kept_apart:
         apart = with_right_sums(call)
         return _separate(apart, args, params, has_aux, in_axes, at, kept_apart=True)
     losses, vjp, aux = jax.vjp(all_losses, params, has_aux=True)

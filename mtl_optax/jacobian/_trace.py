@@ -1,5 +1,6 @@
 """What can be read off the traced losses before anything is computed."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ class Traits(NamedTuple):
         slowly inside loops.
       scatters: whether it holds a scatter (a sum over segments), which that back end
         runs slowly with a task axis.
-      largest_sum: how many numbers the largest sum over an axis takes.
+      ragged: whether it holds a ragged product, which JAX does not batch.
     """
 
     depends: bool
@@ -32,7 +33,7 @@ class Traits(NamedTuple):
     reverse_only: bool
     convolves: bool
     scatters: bool
-    largest_sum: int
+    ragged: bool
 
 
 def read_traits(closed_jaxpr: Any) -> Traits:
@@ -46,15 +47,28 @@ def read_traits(closed_jaxpr: Any) -> Traits:
         reverse_only=any(name.startswith("custom_vjp") for name in names),
         convolves="conv_general_dilated" in names,
         scatters=any(name.startswith("scatter") for name in names),
-        largest_sum=max(
-            [
-                eqn.invars[0].aval.size
-                for eqn in equations
-                if eqn.primitive.name == "reduce_sum"
-            ],
-            default=0,
-        ),
+        ragged=any(name.startswith("ragged_dot") for name in names),
     )
+
+
+def forward_flops(jaxpr: Any) -> int:
+    """Operations of all products and convolutions, as often as loops repeat them."""
+    total = 0
+    for eqn in open_jaxpr(jaxpr).eqns:
+        size = eqn.outvars[0].aval.size if eqn.outvars else 0
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * size * math.prod(shape[axis] for axis in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            spec = eqn.params["dimension_numbers"].rhs_spec
+            total += 2 * size * kernel.size // max(kernel.shape[spec[0]], 1)
+        else:
+            inside = [forward_flops(inner) for inner in _inner(eqn)]
+            often = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            total += often * max(inside, default=0)  # of a `cond`, the longer branch
+    return total
 
 
 def open_jaxpr(jaxpr: Any) -> Any:

@@ -634,3 +634,10 @@ def test_parameters_that_are_no_numbers():
         mtl.feature_jacobian(lambda p, x: x @ p["w"], two)(
             {"n": jnp.arange(2), "w": normal((3, 2), 1)}, X
         )
+
+
+def test_a_loss_that_is_a_number():
+    jacobian = mtl.feature_jacobian(lambda p: 2 * p, lambda p, z: (z.mean(), 0.0))
+    losses, lazy = jacobian(jnp.ones(3))
+    np.testing.assert_array_equal(losses, [2, 0])
+    np.testing.assert_allclose(mtl.gramian(lazy), [[1 / 3, 0], [0, 0]], 1e-6)

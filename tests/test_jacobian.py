@@ -1086,3 +1086,26 @@ def test_a_missing_aux_is_refused():
 def test_a_wrong_mode_is_refused_at_once(fn):
     with pytest.raises(ValueError, match=r"mode must be one of .*'vmap'.*'fast'"):
         fn(two_losses, mode="fast")
+
+
+@pytest.mark.parametrize("argnums", ["0", 1.0, True, (), (0, "1"), None])
+def test_argnums_that_are_no_numbers(argnums):
+    with pytest.raises(TypeError, match="number of a positional argument"):
+        mtl.task_jacobian(two_losses, argnums=argnums)
+
+
+def test_what_is_no_function_is_refused_at_once():
+    with pytest.raises(TypeError, match="loss_fn must be a function"):
+        mtl.task_jacobian({"a": jnp.ones(())})
+
+
+def test_a_python_loop_takes_no_batch_size():
+    with pytest.raises(ValueError, match="takes no batch_size"):
+        mtl.task_jacobian(two_losses, mode="unroll", batch_size=1)
+    traced = jax.make_jaxpr(lambda w: mtl.materialize(lazy_rows(w)))(W)
+    assert "scan" in str(traced)
+    assert "scan" not in str(jax.make_jaxpr(mtl.value_and_task_grads(two_losses))(W, X))
+
+
+def lazy_rows(w):
+    return mtl.task_jacobian(two_losses, batch_size=1)(w, X)[1]

@@ -240,6 +240,51 @@ def test_masked_rows_count_as_zeros_whatever_they_hold(bad, size):
     assert not np.all(np.isfinite(mtl.gramian({"w": x})))
 
 
+def three_lazy_tasks():
+    def loss_fn(p):
+        return [jnp.sum(jnp.sin(k * p["w"])) for k in range(1, 4)]
+
+    return mtl.task_jacobian(loss_fn)({"w": jnp.arange(2.0)})[1]
+
+
+WRONG_SHAPES = {
+    "one weight": (lambda g: mtl.weighted_sum(jnp.ones(1), g), "must be 3 real"),
+    "a scalar weight": (lambda g: mtl.weighted_sum(1.0, g), r"shape \(\)"),
+    "complex weights": (lambda g: mtl.weighted_sum(1j * jnp.ones(3), g), "complex64"),
+    "turned round": (lambda g: mtl.weighted_sum(g, jnp.ones(3)), "weights .3. first"),
+    "a narrow basis": (lambda g: mtl.gramian(g, basis=jnp.ones((2, 1))), r"\[K, 3\]"),
+    "a vector as basis": (lambda g: mtl.gramian(g, basis=jnp.ones(3)), "one row a"),
+    "one bool": (lambda g: mtl.gramian(g, task_mask=[True]), "3 bools"),
+    "a mask of numbers": (
+        lambda g: mtl.weighted_sum(jnp.ones(3), g, task_mask=jnp.ones(3)),
+        "3 bools, one a task; got float32",
+    ),
+    "two numbers of tasks": (
+        lambda g: mtl.gramian({"a": g["w"], "b": jnp.ones((1, 2))}),
+        r"3 in leaf \['a'\], 1 in leaf \['b'\]",
+    ),
+    "a scalar": (lambda g: mtl.gramian({"a": jnp.ones(())}), "leaf .'a'. is a scalar"),
+}
+
+
+@pytest.mark.parametrize("kind", ["lazy", "held", "stacked"])
+@pytest.mark.parametrize("name", WRONG_SHAPES)
+def test_what_does_not_fit_is_refused_in_words(name, kind):
+    call, words = WRONG_SHAPES[name]
+    task_grads = three_lazy_tasks()
+    if kind == "held":
+        task_grads = _tree.hold(task_grads)
+    if kind == "stacked":
+        task_grads = mtl.materialize(task_grads)
+    with pytest.raises((TypeError, ValueError), match=words):
+        call(task_grads)
+
+
+def test_the_pair_of_losses_and_task_gradients_is_refused():
+    with pytest.raises(ValueError, match="Pass its second member"):
+        mtl.gramian((jnp.ones(3), three_lazy_tasks()))
+
+
 def test_the_mask_works_on_a_lazy_tree():
     loss_fn, params = quadratic()
     _, lazy = mtl.task_jacobian(loss_fn)(params)

@@ -667,3 +667,10 @@ def test_a_random_method_asks_for_its_key_at_every_step():
     _, state = tx.update(rows_at(0), tx.init(PARAMS), PARAMS, key=jax.random.key(0))
     with pytest.raises(TypeError, match="random"):
         tx.update(rows_at(1), state, PARAMS)
+
+
+def test_a_state_made_before_wrapping_is_refused():
+    tx = mtl.edm(num_tasks=2)
+    grads = jnp.eye(2)
+    with pytest.raises(TypeError, match=r"expected an UpdateEveryState.*wrapped"):
+        mtl.update_every(tx, 3).update(grads, tx.init(jnp.zeros(2)))

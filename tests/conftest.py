@@ -19,6 +19,13 @@ if _LEVEL not in os.environ.get("XLA_FLAGS", ""):
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_what_was_compiled():
+    """Each compiled program holds memory maps, of which a process may have 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """64-bit numbers for one test."""

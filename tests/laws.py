@@ -72,6 +72,12 @@ def quick_jit(function, **options):
     return jax.jit(function, compiler_options=_quick_options(), **options)
 
 
+def usual_jit(function, **options):
+    """``jax.jit`` whatever the flags the tests run with."""
+    usual = {name: True for name in _quick_options() if name.endswith("emitters")}
+    return jax.jit(function, compiler_options=usual, **options)
+
+
 # ------------------------------------------------------------- trees and flat rows
 
 

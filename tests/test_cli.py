@@ -371,7 +371,7 @@ def test_the_demo_ends_at_ctrl_c(tmp_path):
         time.sleep(2)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
-    # Where the signal arrives inside an `exec`, as imports have them, Python itself ends
-    # by it in the end; a shell shows 130 for both.
+    # Where the signal arrives inside an `exec`, as imports have them, Python itself
+    # ends by it in the end; a shell shows 130 for both.
     assert process.returncode in (130, -signal.SIGINT)
     assert errors == "mtl-optax: interrupted\n"

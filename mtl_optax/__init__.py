@@ -62,6 +62,7 @@ from mtl_optax.weightings import (
     pivrg,
     rlw,
     task_tensioner,
+    uncertainty_weighting,
     upgrad,
 )
 
@@ -122,6 +123,7 @@ __all__ = [
     "task_jacobian",
     "task_tensioner",
     "task_touches",
+    "uncertainty_weighting",
     "unstack_tasks",
     "update_every",
     "upgrad",

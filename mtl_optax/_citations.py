@@ -216,6 +216,15 @@ _ENTRIES = {
   eprint = {2005.09910},
   archivePrefix = {arXiv},
 }""",
+    "kendall2018multi": r"""@inproceedings{kendall2018multi,
+  title = {Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics},
+  author = {Kendall, Alex and Gal, Yarin and Cipolla, Roberto},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  pages = {7482--7491},
+  year = {2018},
+  eprint = {1705.07115},
+  archivePrefix = {arXiv},
+}""",
 }
 
 _PAPERS = {
@@ -245,6 +254,7 @@ _PAPERS = {
     "priority_projection": ("jeong2024quantifying",),
     "scale_by_mao": ("hervella2024multi",),
     "look_ahead_jacobian": ("lee2022multitask",),
+    "uncertainty_weighting": ("kendall2018multi",),
 }
 
 

@@ -43,7 +43,7 @@ class Method(NamedTuple):
       length: the update's length under ``scale="paper"``, in words.
       peers: what TorchJD 0.18 and LibMTL 1.1 call it; empty where neither has it.
       needs: the extra arguments that ``update`` reads: as in `Weighting.needs`,
-        ``"strengths"`` or ``"delta_m"``.
+        ``"strengths"``, ``"delta_m"`` or ``"other_task_grads"``.
       cost: backward passes a step on a lazy tree, in words.
       state_size: numbers kept from step to step, in words.
       claims: properties that hold for every input; the tests assert them, and hold a
@@ -99,7 +99,8 @@ class Method(NamedTuple):
 
         Args:
           num_tasks: T.
-          params: what strengths have to fit; without them no leaf has any.
+          params: what strengths and task gradients of other batches have to fit;
+            without them no leaf has any.
 
         Example:
           >>> import mtl_optax as mtl
@@ -117,6 +118,12 @@ class Method(NamedTuple):
             extras["strengths"] = jax.tree.map(
                 lambda p: _example_strengths(num_tasks, jnp.shape(p)), params
             )
+        if "other_task_grads" in self.needs:
+            ones = jax.tree.map(
+                lambda p: jnp.ones((num_tasks, *jnp.shape(p)), jnp.result_type(p)),
+                params,
+            )
+            extras["other_task_grads"] = (ones, ones)
         return extras
 
 

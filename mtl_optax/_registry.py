@@ -56,6 +56,11 @@ def _sum_tasks(num_tasks: int) -> Combiner:
     return sum_tasks(num_tasks)
 
 
+# Of every method whose weights depend on nothing but the losses.
+_BY_LOSSES_ALONE: frozenset[Claim] = frozenset(
+    {"permutation_equivariant", "scale_equivariant", "linear_under_scaling"}
+)
+
 _ROWS = (
     _row(
         weightings.mean,
@@ -90,6 +95,16 @@ _ROWS = (
         cost="1",
         state_size="0",
         claims=frozenset({"scale_equivariant", "linear_under_scaling"}),
+    ),
+    _row(
+        weightings.uncertainty_weighting,
+        summary="losses divided by learned noise levels",
+        paper="Kendall, Gal & Cipolla 2018, arXiv:1705.07115",
+        length="weights learned, from 1/2",
+        peers="TorchJD UW; LibMTL UW",
+        cost="1",
+        state_size="4 * T",
+        claims=_BY_LOSSES_ALONE,
     ),
     _row(
         weightings.mgda,

@@ -1,4 +1,4 @@
-"""What weightings that solve one small problem a step have in common."""
+"""What weightings have in common: states of those without a history, arguments."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,6 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mtl_optax._types import DType, TaskMask
+
+
+def init_stateless(num_tasks: int, dtype: DType) -> tuple[()]:
+    """The state of a weighting that needs nothing at its next step."""
+    del num_tasks, dtype
+    return ()
 
 
 class SolvedInfo(NamedTuple):

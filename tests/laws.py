@@ -181,10 +181,11 @@ def rows_of(method, rows):
     return mtl.materialize(grads, isolated=True)
 
 
-def extras_of(method, num_tasks, losses, params=None):
+def extras_of(method, num_tasks, losses, params=None, grads=None):
     """What `update` needs; strengths and delta_m follow each task's own loss.
 
     So they change from step to step, and go along when tasks are permuted or absent.
+    Task gradients of other batches follow `grads` in the same way.
     """
     params = params_of() if params is None else params
     extras = {**method.extras(num_tasks, params), "losses": losses}
@@ -195,7 +196,21 @@ def extras_of(method, num_tasks, losses, params=None):
             lambda p: strengths_by_loss(losses, p.shape[-1]) if p.ndim > 1 else None,
             params,
         )
+    if "other_task_grads" in method.needs and grads is not None:
+        extras["other_task_grads"] = other_batches(mtl.materialize(grads))
     return extras
+
+
+def other_batches(rows):
+    """Task gradients of two more batches: every row bent, each as far as its length."""
+
+    def bent(leaf, phase):
+        places = jnp.arange(leaf[0].size).reshape(leaf.shape[1:])
+        return leaf * (1 + 0.2 * jnp.sin(places + phase)).astype(leaf.dtype)
+
+    return tuple(
+        jax.tree.map(lambda leaf, p=phase: bent(leaf, p), rows) for phase in (1.0, 2.0)
+    )
 
 
 def strengths_by_loss(losses, channels):
@@ -213,10 +228,10 @@ def _trajectories(method, num_tasks, masked):
 
         def step(state, now):
             row, loss, mask = now
-            extras = extras_of(method, num_tasks, loss)
+            grads = rows_of(method, row)
+            extras = extras_of(method, num_tasks, loss, grads=grads)
             if masked:
                 extras["task_mask"] = mask
-            grads = rows_of(method, row)
             updates, state = tx.update(grads, state, params, **extras)
             return state, (to_flat(updates), state)
 
@@ -300,12 +315,12 @@ def check_types(method, kind, num_tasks=3):
 
     def stacked(params, state, targets):
         grads = jax.tree.map(lambda p: jnp.ones((num_tasks, *p.shape), p.dtype), params)
-        extras = extras_of(method, num_tasks, targets, params)
+        extras = extras_of(method, num_tasks, targets, params, grads)
         return tx.update(grads, state, params, unknown_extra=1, **extras)
 
     def lazy(params, state, targets):
         losses, grads = method.jacobian(quadratic_losses)(params, targets)
-        extras = extras_of(method, num_tasks, losses, params)
+        extras = extras_of(method, num_tasks, losses, params, grads)
         return tx.update(grads, state, params, **extras)
 
     first = jax.eval_shape(tx.init, params)
@@ -345,8 +360,8 @@ def step_of(method, num_tasks):
     traces = []
 
     def eager(rows, losses, state):
-        extras = extras_of(method, num_tasks, losses)
         grads = rows_of(method, rows)
+        extras = extras_of(method, num_tasks, losses, grads=grads)
         updates, state = tx.update(grads, state, params_of(), **extras)
         return to_flat(updates), state
 
@@ -396,8 +411,9 @@ def check_precision(method, num_tasks=3):
     tx = method.make(num_tasks)
 
     def step(rows, losses):
-        extras = extras_of(method, num_tasks, losses)
-        return tx.update(to_tree(rows), tx.init(params_of()), params_of(), **extras)
+        grads = to_tree(rows)
+        extras = extras_of(method, num_tasks, losses, grads=grads)
+        return tx.update(grads, tx.init(params_of()), params_of(), **extras)
 
     rows, losses = draws(num_tasks)
     highest = jax.lax.Precision.HIGHEST
@@ -515,7 +531,7 @@ def check_lazy(method, form, num_tasks=3):
             at = jax.tree.map(jnp.add, params, move)
             losses, lazy = jacobian(at, x, y)
             stacked = mtl.materialize(lazy)
-            extras = extras_of(method, num_tasks, losses, at)
+            extras = extras_of(method, num_tasks, losses, at, stacked)
             if form.masked:
                 extras["task_mask"] = mask
             one, first = tx.update(stacked, states[0], at, **extras)
@@ -887,7 +903,7 @@ def temporary_bytes(method, num_tasks, lazy):
         losses, grads = method.jacobian(big_losses)(params, x, y)
         if not lazy:
             grads = mtl.materialize(grads)
-        extras = extras_of(method, num_tasks, losses, params)
+        extras = extras_of(method, num_tasks, losses, params, grads)
         return tx.update(grads, state, params, **extras)
 
     compiled = _compiled(step, num_tasks, state)
@@ -1017,7 +1033,8 @@ def check_wrong_input(method, num_tasks=3):
         }
 
     good = rows((num_tasks, 4))
-    extras = extras_of(method, num_tasks, jnp.ones(num_tasks), params)
+    ones = jax.tree.map(lambda g: jnp.ones(g.shape, g.dtype), good)
+    extras = extras_of(method, num_tasks, jnp.ones(num_tasks), params, ones)
 
     def update(grads, params=params, **changed):
         given = {k: v for k, v in (extras | changed).items() if v is not None}
@@ -1070,6 +1087,14 @@ def check_wrong_input(method, num_tasks=3):
             update(good, strengths={"trunk": {"w": jnp.ones(3)}})
         with refuses("strengths elsewhere", shape, "leaf y", "no such leaf", "trunk.w"):
             update(good, strengths={"y": jnp.ones((3, 5))})
+    if "other_task_grads" in method.needs:
+        with refuses("missing batches", kind, "other_task_grads", "two"):
+            update(good, other_task_grads=None)
+        with refuses("one more batch", kind, "other_task_grads", "two"):
+            update(good, other_task_grads=(ones,))
+        short = jax.tree.map(lambda g: g[:2], ones)
+        with refuses("batches of two tasks", shape, "other_task_grads", path, "(3, 4)"):
+            update(good, other_task_grads=(ones, short))
     for wrong in ((2,), (3, 1), ()):
         with refuses(f"losses of shape {wrong}", shape, "losses", "(3,)", str(wrong)):
             update(good, losses=jnp.ones(wrong))
@@ -1146,7 +1171,7 @@ def _check_traced_hyper_parameter(method, name, default, num_tasks=2):
         tx = method.make(num_tasks, **{name: value})
         params = params_of()
         grads = to_tree(jnp.ones((num_tasks, SIZE)))
-        extras = extras_of(method, num_tasks, jnp.ones(num_tasks))
+        extras = extras_of(method, num_tasks, jnp.ones(num_tasks), grads=grads)
         first = tx.init(params)
         updates, state = tx.update(grads, first, params, **extras)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, first)

@@ -8,6 +8,10 @@ gives the weights ``[steps, T]`` of every step (an aggregator's: the updates
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles_histories
+import oracles_moments
+import oracles_norms
+import oracles_scalarized
 import quadprog
 
 
@@ -402,4 +406,8 @@ ORACLES = {
     "scale_by_mao": scale_by_mao,
     "task_tensioner": task_tensioner,
     "upgrad": upgrad,
+    **oracles_scalarized.ORACLES,
+    **oracles_histories.ORACLES,
+    **oracles_norms.ORACLES,
+    **oracles_moments.ORACLES,
 }

@@ -27,6 +27,8 @@ FLOORS = [
         "_wrappers",
         "_update_every",
         "_solved",
+        "_learned",
+        "_scalarized",
         "_per_task",
         "_per_group",
         "_look_ahead_steps",

@@ -19,6 +19,7 @@ from mtl_optax.weightings._pcgrad import pcgrad
 from mtl_optax.weightings._pivrg import pivrg
 from mtl_optax.weightings._rlw import rlw
 from mtl_optax.weightings._task_tensioner import task_tensioner
+from mtl_optax.weightings._uncertainty_weighting import uncertainty_weighting
 from mtl_optax.weightings._upgrad import upgrad
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "pivrg",
     "rlw",
     "task_tensioner",
+    "uncertainty_weighting",
     "upgrad",
 ]

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtl_optax._arguments import check_choice, check_num_tasks
-from mtl_optax._solved import read_per_task, shares_of
+from mtl_optax._solved import init_stateless, read_per_task, shares_of
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._tree import HIGHEST
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import graded_eigh
 
 Singular: TypeAlias = Literal["min", "median", "rmse"]
@@ -94,10 +94,6 @@ def aligned_mtl(
     check_choice("singular", singular, get_args(Singular))
     preferred = read_per_task("preference", preference, num_tasks)
 
-    def init(num_tasks: int, dtype: DType) -> tuple[()]:
-        del num_tasks, dtype
-        return ()
-
     def update(
         gramian: Gramian, state: tuple[()], *, task_mask: TaskMask, **extra: Any
     ) -> tuple[Weights, tuple[()]]:
@@ -113,7 +109,7 @@ def aligned_mtl(
         return jnp.matmul(vectors, along, precision=HIGHEST), state
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian"})),
+        Weighting(init_stateless, update, frozenset({"gramian"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtl_optax._arguments import check_num_tasks
-from mtl_optax._solved import read_per_task
+from mtl_optax._solved import init_stateless, read_per_task
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, TaskMask, Weighting, Weights
+from mtl_optax._types import TaskMask, Weighting, Weights
 
 
 def constant_weights(
@@ -59,10 +59,6 @@ def constant_weights(
     check_num_tasks(num_tasks)
     given = read_per_task("weights", weights, num_tasks)
 
-    def init(num_tasks: int, dtype: DType) -> tuple[()]:
-        del num_tasks, dtype
-        return ()
-
     def update(
         gramian: None, state: tuple[()], *, task_mask: TaskMask, **extra: Any
     ) -> tuple[Weights, tuple[()]]:
@@ -70,4 +66,6 @@ def constant_weights(
         present = task_mask.astype(float)  # float64 where that is enabled
         return present if given is None else present * jnp.asarray(given), state
 
-    return from_weighting(Weighting(init, update, frozenset()), num_tasks, scale=scale)
+    return from_weighting(
+        Weighting(init_stateless, update, frozenset()), num_tasks, scale=scale
+    )

@@ -12,9 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from mtl_optax._solved import init_stateless
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._tree import HIGHEST
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import UnitRows, graded_eigh, unit_rows
 
 # Of the sum of the weights' sizes: what the weights are divided by at least.
@@ -102,10 +103,6 @@ def imtl_g(
     is at most a hundred.
     """
 
-    def init(num_tasks: int, dtype: DType) -> tuple[()]:
-        del num_tasks, dtype
-        return ()
-
     def update(
         gramian: Gramian, state: tuple[()], *, task_mask: TaskMask, **extra: Any
     ) -> tuple[Weights, tuple[()]]:
@@ -115,7 +112,7 @@ def imtl_g(
         return v / jnp.where(total > 0, total, jnp.ones_like(total)), state
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian"})),
+        Weighting(init_stateless, update, frozenset({"gramian"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mtl_optax._arguments import check_count, check_num_tasks
+from mtl_optax._solved import init_stateless
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 
 
 def _square_distances(gramian: Array) -> Array:
@@ -96,10 +97,6 @@ def krum(
             f"got num_tasks={num_tasks}."
         )
 
-    def init(num_tasks: int, dtype: DType) -> tuple[()]:
-        del num_tasks, dtype
-        return ()
-
     def update(
         gramian: Gramian,
         state: tuple[()],
@@ -136,7 +133,7 @@ def krum(
         return jnp.where(sound, weights, jnp.nan), state
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian", "gramian_in_basis"})),
+        Weighting(init_stateless, update, frozenset({"gramian", "gramian_in_basis"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mtl_optax._solved import init_stateless
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, TaskMask, Weighting, Weights
+from mtl_optax._types import TaskMask, Weighting, Weights
 
 
 def mean(num_tasks: int, *, scale: Scale = "paper") -> Combiner:
@@ -43,10 +44,6 @@ def mean(num_tasks: int, *, scale: Scale = "paper") -> Combiner:
       Learning <https://arxiv.org/abs/2201.04122>`_, 2022.
     """
 
-    def init(num_tasks: int, dtype: DType) -> tuple[()]:
-        del num_tasks, dtype
-        return ()
-
     def update(
         gramian: None, state: tuple[()], *, task_mask: TaskMask, **extra: Any
     ) -> tuple[Weights, tuple[()]]:
@@ -54,4 +51,6 @@ def mean(num_tasks: int, *, scale: Scale = "paper") -> Combiner:
         present = task_mask.astype(float)  # float64 where that is enabled
         return present / jnp.maximum(jnp.sum(present), 1.0), state
 
-    return from_weighting(Weighting(init, update, frozenset()), num_tasks, scale=scale)
+    return from_weighting(
+        Weighting(init_stateless, update, frozenset()), num_tasks, scale=scale
+    )

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mtl_optax._solved import init_stateless
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import unit_rows
 
 
@@ -59,10 +60,6 @@ def ntkmtl_sr(
     times as long, multiplies by T and clips to length 1.
     """
 
-    def init(num_tasks: int, dtype: DType) -> tuple[()]:
-        del num_tasks, dtype
-        return ()
-
     def update(
         gramian: Gramian, state: tuple[()], *, task_mask: TaskMask, **extra: Any
     ) -> tuple[Weights, tuple[()]]:
@@ -75,7 +72,7 @@ def ntkmtl_sr(
         return length * rows.inverse, state
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian"})),
+        Weighting(init_stateless, update, frozenset({"gramian"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

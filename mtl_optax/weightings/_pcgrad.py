@@ -16,8 +16,9 @@ from jax import lax
 from jaxtyping import Array
 
 from mtl_optax._random import orders_by_task
+from mtl_optax._solved import init_stateless
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, Gramian, TaskMask, Weighting, Weights
+from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
 from mtl_optax.solvers import UnitRows, unit_rows
 
 
@@ -83,10 +84,6 @@ def pcgrad(
     1e-8 to ``|g_j|^2``.
     """
 
-    def init(num_tasks: int, dtype: DType) -> tuple[()]:
-        del num_tasks, dtype
-        return ()
-
     def update(
         gramian: Gramian,
         state: tuple[()],
@@ -101,7 +98,7 @@ def pcgrad(
         return jnp.sum(projected, axis=0) * rows.inverse, state
 
     return from_weighting(
-        Weighting(init, update, frozenset({"gramian", "key"})),
+        Weighting(init_stateless, update, frozenset({"gramian", "key"})),
         num_tasks,
         scale=scale,
         axis_name=axis_name,

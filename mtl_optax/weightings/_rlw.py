@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax._random import normal_by_task
+from mtl_optax._solved import init_stateless
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._types import DType, TaskMask, Weighting, Weights
+from mtl_optax._types import TaskMask, Weighting, Weights
 
 
 def rlw(num_tasks: int, *, scale: Scale = "paper") -> Combiner:
@@ -50,10 +51,6 @@ def rlw(num_tasks: int, *, scale: Scale = "paper") -> Combiner:
       Multi-Task Learning <https://arxiv.org/abs/2111.10603>`_, TMLR 2022.
     """
 
-    def init(num_tasks: int, dtype: DType) -> tuple[()]:
-        del num_tasks, dtype
-        return ()
-
     def update(
         gramian: None,
         state: tuple[()],
@@ -67,5 +64,5 @@ def rlw(num_tasks: int, *, scale: Scale = "paper") -> Combiner:
         return jax.nn.softmax(draws, where=task_mask), state
 
     return from_weighting(
-        Weighting(init, update, frozenset({"key"})), num_tasks, scale=scale
+        Weighting(init_stateless, update, frozenset({"key"})), num_tasks, scale=scale
     )

@@ -1,0 +1,63 @@
+"""Numbers a task that a weighting learns, with an optimiser of their own."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from mtl_optax._types import TaskMask
+
+# `optax.adam`, or whatever else makes an optimiser of a learning rate.
+OptimizerOf: TypeAlias = Callable[[Any], optax.GradientTransformation]
+
+
+# Optimisers square gradients, and float32 ends at 3e38.
+_LARGEST_GRADIENT = 1e18
+
+
+class Learned(NamedTuple):
+    """What a weighting has learned about each task.
+
+    Attributes:
+      learned_values: one number a task.
+      learner: each task's own state of the optimiser, stacked.
+    """
+
+    learned_values: Float[Array, " tasks"]
+    learner: Any
+
+
+def init_learned(
+    optimizer: optax.GradientTransformation, values: Float[Array, " tasks"]
+) -> Learned:
+    """The state before the first step, at `values`."""
+    # Tasks are apart, so that the history of an absent one can hold still.
+    learner = jax.vmap(optimizer.init)(values)
+    return Learned(values, jax.tree.map(_strong, learner))
+
+
+def learn(
+    optimizer: optax.GradientTransformation,
+    gradient: Float[Array, " tasks"],
+    learned: Learned,
+    task_mask: TaskMask,
+) -> Learned:
+    """The state after a step down `gradient`; absent tasks' numbers do not move."""
+    values = learned.learned_values
+    gradient = jnp.clip(gradient, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
+    gradient = jnp.where(task_mask, gradient, 0).astype(values.dtype)
+    steps, learner = jax.vmap(optimizer.update)(gradient, learned.learner, values)
+    moved = Learned(optax.apply_updates(values, steps), learner)
+
+    def keep(new: Array, old: Array) -> Array:
+        present = task_mask.reshape(-1, *[1] * (old.ndim - 1))
+        return jnp.where(present, new.astype(old.dtype), old)
+
+    return jax.tree.map(keep, moved, learned)
+
+
+def _strong(leaf: Any) -> Array:
+    return jnp.asarray(leaf, jnp.result_type(leaf))

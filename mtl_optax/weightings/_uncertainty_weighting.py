@@ -1,0 +1,82 @@
+"""UW: uncertainty weighting.
+
+Losses weighed by learned noise levels (Kendall, Gal & Cipolla 2018, arXiv:1705.07115,
+section 3.2), with ``s_t = log sigma_t^2``.
+
+    phi(L, s) = sum_t (exp(-s_t) L_t + s_t) / 2
+    w_t = exp(-s_t) / 2,   s <- s - Adam(d phi / d s)
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from mtl_optax._arguments import check_nonnegative
+from mtl_optax._learned import OptimizerOf
+from mtl_optax._scalarized import scalarized
+from mtl_optax._transform import Combiner, Scale
+from mtl_optax._types import Losses, Scalar, TaskMask
+
+# Beyond, weights would leave float32; the optimum at a loss L is s = log L.
+_LARGEST = 60.0
+
+
+def _likelihood(
+    losses: Losses, log_variances: Float[Array, " tasks"], task_mask: TaskMask
+) -> Scalar:
+    s = jnp.clip(log_variances, -_LARGEST, _LARGEST)
+    return jnp.sum((jnp.exp(-s) * losses + s) / 2, where=task_mask)
+
+
+def uncertainty_weighting(
+    num_tasks: int,
+    *,
+    learning_rate: float | jax.Array = 0.025,
+    optimizer: OptimizerOf = optax.adam,
+    scale: Scale = "paper",
+) -> Combiner:
+    r"""Losses divided by a noise level that each task learns.
+
+    .. math:: u = \sum_t \tfrac12 e^{-s_t} g_t, \qquad
+              s \leftarrow s - \mathrm{Adam}\big(\tfrac12 (1 - e^{-s} L)\big)
+
+    At rest ``exp(s_t)`` is the task's loss, so every loss is divided by its own size:
+    units do not matter, and a task whose loss falls gains weight. Use it for losses of
+    different units (regression beside classification) at the cost of plain training.
+    It knows nothing of conflict; a task that overfits gets ever more weight; and with
+    negative losses ``s`` runs off to its bound.
+
+    Args:
+      num_tasks: T.
+      learning_rate: of ``s``, not negative. 0.025 in the code of Navon et al. 2022;
+        LibMTL trains ``s`` as if it were part of the network.
+      optimizer: of ``s``: a function of the learning rate.
+      scale: see `from_weighting`.
+
+    Returns:
+      a `Combiner`. ``learned_values`` in its state are ``s``, 0 at first (weights 1/2);
+      ``objective`` is the number it minimises.
+
+    Raises:
+      ValueError: when `learning_rate` is concrete and negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> tx = mtl.uncertainty_weighting(num_tasks=2, learning_rate=0.5)
+      >>> g = {"w": jnp.array([[3.0, 4.0], [0.0, 1.0]])}
+      >>> state = tx.init({"w": jnp.zeros(2)})
+      >>> for _ in range(2):
+      ...     _, state = tx.update(g, state, losses=jnp.array([5.0, 0.1]))
+      >>> state.info.task_weights.round(2)  # half of exp(-0.5), half of exp(0.5)
+      Array([0.3 , 0.82], dtype=float32)
+
+    References:
+      Kendall, Gal & Cipolla, `Multi-Task Learning Using Uncertainty to Weigh Losses for
+      Scene Geometry and Semantics <https://arxiv.org/abs/1705.07115>`_, CVPR 2018.
+    """
+    check_nonnegative("learning_rate", learning_rate)
+    return scalarized(
+        _likelihood, num_tasks, optimizer=optimizer(learning_rate), scale=scale
+    )

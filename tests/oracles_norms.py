@@ -1,0 +1,3 @@
+"""Methods on lengths and entries of task gradients, again in float64 NumPy."""
+
+ORACLES = {}

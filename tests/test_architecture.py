@@ -263,7 +263,7 @@ def is_namedtuple_of_arrays(node):
         return True
     if isinstance(node, dict):  # shaped like the parameters
         return all(is_namedtuple_of_arrays(child) for child in node.values())
-    if isinstance(node, tuple) and (hasattr(node, "_fields") or node == ()):
+    if isinstance(node, tuple):  # a NamedTuple, or the states of an optax chain
         return all(is_namedtuple_of_arrays(child) for child in node)
     return False
 

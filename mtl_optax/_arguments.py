@@ -26,6 +26,8 @@ def check_count(name: str, value: Any, *, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if value >= 2**31:
+        raise ValueError(f"{name} must be below 2**31, got {value}.")
 
 
 def unknown_method(name: str, names: Iterable[str]) -> str:
@@ -81,6 +83,8 @@ def check_positive(name: str, value: Any) -> None:
 def _is_concrete_scalar(name: str, value: Any) -> bool:
     if isinstance(value, jax.core.Tracer):
         return False
+    if not (isinstance(value, int | float) or hasattr(value, "dtype")):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
     if jnp.ndim(value) != 0:
         raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")
     return True

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from mtl_optax._arguments import check_nonnegative
 from mtl_optax._types import TaskMask
 
 # `optax.adam`, or whatever else makes an optimiser of a learning rate.
 OptimizerOf: TypeAlias = Callable[[Any], optax.GradientTransformation]
+# A number, or an optax schedule; each task counts its own steps.
+LearningRate: TypeAlias = float | jax.Array | optax.Schedule
 
 
 # Optimisers square gradients, and float32 ends at 3e38.
@@ -30,6 +33,30 @@ class Learned(NamedTuple):
     learner: Any
 
 
+def make_optimizer(
+    optimizer: OptimizerOf, learning_rate: LearningRate
+) -> optax.GradientTransformation:
+    """The optimiser of what is learned, with its learning rate checked.
+
+    Raises ValueError for a concrete number that is negative or not finite.
+    """
+    if not callable(learning_rate):
+        check_nonnegative("learning_rate", learning_rate)
+    if not callable(optimizer):
+        raise TypeError(
+            "optimizer must be a function of the learning rate, as optax.adam is, not "
+            f"what it makes; got {optimizer!r}. With optax.inject_hyperparams name it "
+            "in static_args=('num_tasks', 'optimizer')."
+        )
+    made = optimizer(learning_rate)
+    if not (hasattr(made, "init") and hasattr(made, "update")):
+        raise TypeError(
+            f"optimizer: {optimizer!r} made {made!r} of the learning rate, which is no "
+            "optax transform."
+        )
+    return made
+
+
 def init_learned(
     optimizer: optax.GradientTransformation, values: Float[Array, " tasks"]
 ) -> Learned:
@@ -45,8 +72,13 @@ def learn(
     learned: Learned,
     task_mask: TaskMask,
 ) -> Learned:
-    """The state after a step down `gradient`; absent tasks' numbers do not move."""
+    """The state after a step down `gradient`; absent tasks' numbers do not move.
+
+    Nor do those of a task whose gradient is NaN: one broken batch would never be
+    forgotten.
+    """
     values = learned.learned_values
+    task_mask = task_mask & ~jnp.isnan(gradient)
     gradient = jnp.clip(gradient, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
     gradient = jnp.where(task_mask, gradient, 0).astype(values.dtype)
     steps, learner = jax.vmap(optimizer.update)(gradient, learned.learner, values)

@@ -1,16 +1,20 @@
 """Losses made into one number; the weights are its derivatives by the losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from mtl_optax._learned import Learned, init_learned, learn
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._types import DType, Losses, Scalar, TaskMask, Weighting, Weights
+
+# What a loss under a logarithm counts as at least (as in the code of Lin et al. 2024).
+LEAST_LOSS = 1e-20
 
 
 class ScalarizedInfo(NamedTuple):
@@ -28,7 +32,52 @@ class ScalarizedState(NamedTuple):
 
 def floored(losses: Losses, least: float | jax.Array) -> Losses:
     """The losses, but at least `least`; to whoever differentiates, the losses."""
-    return losses + jax.lax.stop_gradient(jnp.maximum(losses, least) - losses)
+    floor = jax.lax.stop_gradient(jnp.maximum(losses, least))
+    # The difference is zero, exactly, and carries the gradient. (Not `floor - losses`:
+    # a small floor is lost in that.)
+    return floor + (losses - jax.lax.stop_gradient(losses))
+
+
+def unit_vector(
+    vector: Float[Array, " tasks"], task_mask: TaskMask
+) -> tuple[Float[Array, " tasks"], Float[Array, ""]]:
+    """The direction of what present tasks hold, and its length; zero stays zero."""
+    vector = jnp.where(task_mask, vector, 0)
+    largest = jnp.max(jnp.abs(vector))
+    largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    vector = vector / largest  # squares neither overflow nor vanish
+    length = jnp.sqrt(jnp.sum(vector**2))
+    return vector / jnp.maximum(length, 1), largest * length
+
+
+def read_point(
+    name: str,
+    value: Sequence[Any] | Array | None,
+    num_tasks: int,
+    *,
+    positive: bool = False,
+) -> Array | np.ndarray | None:
+    """A point among the losses as an array, checked where concrete; None stays None.
+
+    Raises ValueError for another shape than ``[T]``, and for concrete numbers that are
+    not finite (if `positive`: not positive).
+    """
+    if value is None:
+        return None
+    parts = value if isinstance(value, Sequence) else [value]
+    traced = any(isinstance(x, jax.core.Tracer) for x in parts)
+    numbers = jnp.asarray(value) if traced else np.asarray(value, float)
+    if numbers.shape != (num_tasks,):
+        raise ValueError(
+            f"{name}: expected one number a task, shape ({num_tasks},), got shape "
+            f"{numbers.shape}."
+        )
+    if not traced:
+        good = np.isfinite(numbers) & ((numbers > 0) | (not positive))
+        if not np.all(good):
+            what = "positive and finite" if positive else "finite"
+            raise ValueError(f"{name} must be {what}, got {value}.")
+    return numbers
 
 
 def scalarized(
@@ -37,6 +86,7 @@ def scalarized(
     *,
     optimizer: optax.GradientTransformation | None = None,
     start: float = 0.0,
+    limit: float | None = None,
     scale: Scale = "paper",
 ) -> Combiner:
     r"""A combiner that minimises one number made of the losses.
@@ -51,6 +101,8 @@ def scalarized(
       optimizer: of the learned numbers s; without one there are none, and `objective`
         gets None.
       start: where each learned number starts.
+      limit: learned numbers are kept between ``-limit`` and ``limit``. (Cut off inside
+        `objective` only, they would have no gradient there, and never come back.)
       scale: see `from_weighting`.
     """
 
@@ -74,7 +126,13 @@ def scalarized(
         ascent = jax.value_and_grad(objective, argnums=(0, 1))
         value, (weights, uphill) = ascent(losses, values, task_mask)
         if optimizer is not None and isinstance(learned, Learned):
-            learned = learn(optimizer, uphill, learned, task_mask)
+            learned = learn(
+                optimizer, uphill, learned, task_mask & jnp.isfinite(losses)
+            )
+            if limit is not None:
+                bounded = jnp.clip(learned.learned_values, -limit, limit)
+                learned = learned._replace(learned_values=bounded)
+        value = jnp.where(jnp.any(task_mask), value, 0)
         info = ScalarizedInfo(value.astype(state.info.objective.dtype))
         return weights, ScalarizedState(learned, info)
 

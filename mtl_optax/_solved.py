@@ -1,6 +1,6 @@
 """What weightings have in common: states of those without a history, arguments."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +50,11 @@ def read_per_task(
     """
     if value is None:
         return None
+    if isinstance(value, Mapping | str):
+        raise TypeError(
+            f"{name}: expected a sequence or an array of {num_tasks} numbers, in the "
+            f"order of the losses (a dict's keys are sorted), got {value!r}."
+        )
     traced = isinstance(value, jax.core.Tracer)
     if isinstance(value, Sequence):
         traced = any(isinstance(x, jax.core.Tracer) for x in value)

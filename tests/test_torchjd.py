@@ -86,6 +86,8 @@ EXACT = {
     "AlignedMTL_median": functools.partial(mtl.aligned_mtl, singular="median"),
     "AlignedMTL_rmse": functools.partial(mtl.aligned_mtl, singular="rmse"),
     "AlignedMTL_pref": mtl.aligned_mtl,
+    "ConFIG": mtl.config,
+    "ConFIG_pref": mtl.config,
     "IMTLG": mtl.imtl_g,
     "MGDA_tight": mtl.mgda,
     "PCD": mtl.pcd,
@@ -105,6 +107,30 @@ def test_agreement_where_torchjd_is_exact(case, entry, torchjd, x64):
         assert np.abs(update).max() < 1e-12
         return
     assert apart(update, wanted) < REGULARISED.get((case, entry), 1e-6)
+
+
+def test_trimmed_mean(torchjd, x64):
+    cases = {name: case for name, case in torchjd.items() if len(case["J"]) > 2}
+    assert len(cases) == 5
+    for case in cases.values():
+        J = jnp.array(case["J"])
+        tx = mtl.trimmed_mean(len(J), trim_number=1)
+        update, _ = tx.update(J, tx.init(J[0]))
+        np.testing.assert_allclose(update, case["out"]["TrimmedMean_1"], rtol=1e-12)
+
+
+def test_excess_mtl(torchjd, x64):
+    """Three calls: the rows, twice as long, in reverse. TorchJD's weights sum to 1."""
+    for case in torchjd.values():
+        J = np.array(case["J"])
+        tx = mtl.excess_mtl(len(J), step_size=1.0, raw_first_risk=True)
+        state = tx.init(J[0])
+        step = jax.jit(tx.update)
+        for rows, wanted in zip(
+            (J, 2 * J, J[::-1]), case["out"]["ExcessMTL_steps"], strict=True
+        ):
+            update, state = step(jnp.asarray(rows), state)
+            assert apart(np.asarray(update) / len(J), wanted) < 1e-6
 
 
 KRUM = {

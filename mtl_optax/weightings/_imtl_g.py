@@ -9,52 +9,10 @@ gradient direction (Liu et al. 2021, ICLR, section 3.1).
 
 from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array
-
 from mtl_optax._solved import init_stateless
 from mtl_optax._transform import Combiner, Scale, from_weighting
-from mtl_optax._tree import HIGHEST
 from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
-from mtl_optax.solvers import UnitRows, graded_eigh, unit_rows
-
-# Of the sum of the weights' sizes: what the weights are divided by at least.
-_SMALLEST_SUM = 1e-2
-# Of two rows' lengths, where a choice among dependent rows depends on them.
-_LEAST_RATIO = 1e-3
-
-
-def _equal_projections(rows: UnitRows) -> Array:
-    """``v [T]``, up to a positive factor: ``G v = n`` in least squares.
-
-    With ``v_t = y_t / n_t`` that is ``C y = 1`` for the cosines C, whose rank does not
-    depend on the rows' lengths. Where rows depend on each other, v is the shortest.
-    """
-    size, dtype = rows.cosines.shape[0], rows.cosines.dtype
-    active = rows.active.astype(dtype)
-    values, vectors = jnp.linalg.eigh(rows.cosines + jnp.diag(1 - active))
-    cutoff = 4 * size * jnp.finfo(dtype).eps
-    kept = values > cutoff * jnp.max(values)
-    along = jnp.matmul(active, vectors, precision=HIGHEST)
-    # Of opposite rows it is rounding only, and must not become a direction.
-    kept_along = kept & (jnp.abs(along) > 4 * cutoff * jnp.sqrt(jnp.sum(active)))
-    along = jnp.where(kept_along, along / jnp.where(kept, values, 1), 0)
-    y = jnp.matmul(vectors, along, precision=HIGHEST)
-
-    shortest = jnp.min(rows.norms, where=rows.active, initial=jnp.inf)
-    relative = jnp.where(rows.active, shortest * rows.inverse, 0)
-    free = jnp.where(kept, 0, vectors) * active[:, None]
-    # Among long rows a choice would drown in the rounding of the short ones'.
-    steady = jnp.maximum(relative, _LEAST_RATIO)
-    scaled = free * steady[:, None]
-    squares, turned, known = graded_eigh(
-        jnp.matmul(scaled, scaled.T, precision=HIGHEST)
-    )
-    part = jnp.matmul(y * steady, turned, precision=HIGHEST)
-    part = jnp.where(known, part / jnp.where(known, squares, 1), 0)
-    chosen = jnp.matmul(turned, part, precision=HIGHEST)
-    chosen = jnp.matmul(chosen, scaled, precision=HIGHEST)
-    return (y - jnp.matmul(free, chosen, precision=HIGHEST)) * relative
+from mtl_optax.solvers import impartial_weights, unit_rows
 
 
 def imtl_g(
@@ -107,9 +65,7 @@ def imtl_g(
         gramian: Gramian, state: tuple[()], *, task_mask: TaskMask, **extra: Any
     ) -> tuple[Weights, tuple[()]]:
         del extra
-        v = _equal_projections(unit_rows(gramian, task_mask))
-        total = jnp.maximum(jnp.abs(jnp.sum(v)), _SMALLEST_SUM * jnp.sum(jnp.abs(v)))
-        return v / jnp.where(total > 0, total, jnp.ones_like(total)), state
+        return impartial_weights(unit_rows(gramian, task_mask)), state
 
     return from_weighting(
         Weighting(init_stateless, update, frozenset({"gramian"})),

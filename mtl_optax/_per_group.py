@@ -7,8 +7,15 @@ import jax
 from jaxtyping import PyTree
 
 from mtl_optax._masks import is_masked
-from mtl_optax._transform import Combiner
-from mtl_optax._tree import check_task_axis, flatten, materialize, path_names
+from mtl_optax._other_batches import fitted
+from mtl_optax._transform import Combiner, read_losses
+from mtl_optax._tree import (
+    check_task_axis,
+    flatten,
+    lazy_losses,
+    materialize,
+    path_names,
+)
 from mtl_optax._types import Params, State, TaskGradients, Updates
 
 
@@ -124,11 +131,17 @@ def per_group(
         state: PerGroupState,
         params: Params | None = None,
         *,
+        losses: Any = None,
         key: jax.Array | None = None,
         **extra: Any,
     ) -> tuple[Updates, PerGroupState]:
         if tx.num_tasks is not None:
             check_task_axis(task_grads, tx.num_tasks, params)
+            losses = read_losses(losses, task_grads, tx.num_tasks)
+        elif losses is None:
+            losses = lazy_losses(task_grads)
+        if losses is not None:  # rows do not know them
+            extra = {**extra, "losses": losses}
         leaves, treedef = flatten(task_grads)
         like = jax.tree.map(
             lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), task_grads
@@ -137,12 +150,20 @@ def per_group(
         if len(groups) > 1:
             leaves = jax.tree.leaves(materialize(task_grads))
         own = None if params is None else jax.tree.leaves(params)
+        # Of other batches, each like task_grads; what is no tuple the method refuses.
+        others = extra.get("other_task_grads")
+        batches = others if isinstance(others, tuple | list) else ()
+        tasks = leaves[0].shape[0] if leaves else 0
+        others = [flatten(fitted(tree, task_grads, tasks))[0] for tree in batches]
         out: list[Any] = [None] * len(leaves)
         new = {}
         for number, (name, at) in enumerate(groups.items()):
             given = extra
             if key is not None:
                 given = extra | {"key": jax.random.fold_in(key, number)}
+            if others:
+                parts = tuple([tree[i] for i in at] for tree in others)
+                given = {**given, "other_task_grads": parts}
             updates, new[name] = tx.update(
                 [leaves[i] for i in at],
                 state.groups[name],

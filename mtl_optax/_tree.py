@@ -479,6 +479,22 @@ def _stacked_gramian(
     return mirrored(total)
 
 
+def cross_gramian(
+    first: TaskGradients, second: TaskGradients, axis_name: Any | None = None
+) -> Float[Array, "tasks tasks"]:
+    """``J_1 J_2^T`` of two stacked trees of one structure; it is not symmetric.
+
+    Inside `jax.shard_map`, `axis_name` names the axes over which leaves are sharded.
+    """
+    parts = []
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        axes = () if axis_name is None else _axes_to_sum(x, axis_name)
+        part = inner_products(x, y)
+        parts.append(lax.psum(part, axes) if axes else part)
+    total = sum(parts, jnp.zeros((), accumulator(*parts)))
+    return on_every_device(total)
+
+
 def _by_operator(
     leaves: Sequence[Any],
 ) -> tuple[list[tuple[TaskJacobian, list[int]]], list[int]]:
@@ -749,17 +765,30 @@ def hold(task_grads: TaskGradients, task_mask: TaskMask | None = None) -> TaskGr
     For whoever takes a Gramian and then a combination: an operator with a method
     ``hold`` keeps what its Gramian leaves behind, if that is worth its memory.
     """
+
+    def held(operator: Any) -> TaskJacobian:
+        keeps = callable(getattr(operator, "hold", None))
+        return operator.hold(task_mask) if keeps else operator
+
+    return with_operators(task_grads, held)
+
+
+def with_operators(
+    task_grads: TaskGradients, change: Callable[[TaskJacobian], TaskJacobian]
+) -> TaskGradients:
+    """The same leaves, the lazy ones of other operators; stacked ones stay as they are.
+
+    What is changed is an operator seen only at the leaves that are there.
+    """
     leaves, treedef = flatten(task_grads)
     out = list(leaves)
     for operator, at in _by_operator(leaves)[0]:
-        restricted: Any = _restricted(operator, [leaves[i] for i in at])
-        if callable(getattr(restricted, "hold", None)):
-            held = restricted.hold(task_mask)
-            for i in at:
-                leaf = leaves[i]
-                out[i] = LazyTaskGradient(
-                    held, leaf.index, leaf.shape, leaf.dtype, leaf.path
-                )
+        changed = change(_restricted(operator, [leaves[i] for i in at]))
+        for i in at:
+            leaf = leaves[i]
+            out[i] = LazyTaskGradient(
+                changed, leaf.index, leaf.shape, leaf.dtype, leaf.path
+            )
     return jax.tree.unflatten(treedef, out)
 
 

@@ -6,17 +6,15 @@ so a step that keeps the last ones is nearly as good, and costs what plain train
 costs.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from mtl_optax._arguments import check_count
+from mtl_optax._cond import cond_when_any
 from mtl_optax._transform import Combiner, CombinerState, WeightedMethod
-from mtl_optax._tree import select
 from mtl_optax._types import Params, TaskGradients, Updates, Weights
 
 
@@ -137,6 +135,11 @@ def update_every(tx: Combiner, k: int) -> Combiner:
                 f"got {type(state).__name__}. Was it made, or saved, before the "
                 "combiner was wrapped?"
             )
+        if extra.get("losses_again") is not None:
+            raise TypeError(
+                "update_every: leave losses_again out: the batch that they belong to "
+                "is not the one that weights were last made of."
+            )
         if step is not None:
             extra = {**extra, "step": step}
         told = method.read(task_grads, state.inner, params, losses, task_mask, extra)
@@ -149,10 +152,9 @@ def update_every(tx: Combiner, k: int) -> Combiner:
         )
 
         def make() -> tuple[Weights, CombinerState]:
-            made = method.weigh(task_grads, state.inner, told, extra)
-            return select(due, made, kept)
+            return method.weigh(task_grads, state.inner, told, extra)
 
-        weights, inner = lax.cond(_any_member(due), make, lambda: kept)
+        weights, inner = cond_when_any(due, make, kept)
         weights = lax.stop_gradient(weights)
         updates, inner = method.combine(weights, task_grads, inner, told)
         return updates, UpdateEveryState(
@@ -192,18 +194,3 @@ def _phase_of(step: Any, k: int) -> Int[Array, ""]:
         )
     wide = found.astype(jnp.result_type(found.dtype, jnp.int32))
     return (wide % k).astype(jnp.int32)
-
-
-@custom_vmap
-def _any_member(flag: Array) -> Array:
-    """The flag itself; under `jax.vmap` one for all, so that `lax.cond` stays one."""
-    return flag
-
-
-@_any_member.def_vmap
-def _any_of_all(
-    axis_size: int, in_batched: Sequence[bool], flags: Array
-) -> tuple[Array, bool]:
-    del axis_size
-    one = jnp.any(flags, axis=0) if in_batched[0] else flags
-    return _any_member(one), False

@@ -200,3 +200,44 @@ def test_inside_shared_only():
     np.testing.assert_allclose(found["a"]["w"], grads["a"]["w"].sum(0), rtol=1e-5)
     alone, _ = mtl.mgda(3).update(grads["z"], mtl.mgda(3).init(jnp.zeros(4)))
     np.testing.assert_allclose(found["z"], alone, rtol=1e-5)
+
+
+def test_other_batches_are_cut_into_the_same_groups():
+    rng = np.random.default_rng(5)
+    shapes = {"a": (4,), "b": (2, 2)}
+    grads, *others = (
+        {n: jnp.asarray(rng.standard_normal((3, *s)), float) for n, s in shapes.items()}
+        for _ in range(3)
+    )
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    tx = mtl.per_group(mtl.modo(3), {"a": "one", "b": "other"})
+    updates, _ = tx.update(grads, tx.init(params), params, other_task_grads=others)
+    for name, param in params.items():
+        alone = mtl.modo(3)
+        own = tuple(tree[name] for tree in others)
+        wanted, _ = alone.update(
+            grads[name], alone.init(param), param, other_task_grads=own
+        )
+        np.testing.assert_array_equal(updates[name], wanted)
+    with pytest.raises(TypeError, match="other_task_grads"):
+        tx.update(grads, tx.init(params), params, other_task_grads=3)
+
+
+def test_other_batches_are_told_apart_inside_shared_only():
+    """The head comes first, and its gradients would fit as well."""
+    leaf = jnp.array([[4.0, 0.0], [0.0, 1.0]])
+    grads = {"a_head": leaf, "b": leaf, "c": leaf}
+    other = {"a_head": leaf * jnp.array([25.0, 1.0]), "b": leaf, "c": leaf[::-1, ::-1]}
+    params = jax.tree.map(lambda g: g[0], grads)
+    groups = mtl.per_group(mtl.modo(2), {"a_head": "H", "b": "B", "c": "C"})
+    tx = mtl.shared_only(groups, {"a_head": False, "b": True, "c": True})
+    given = {"other_task_grads": (other, other)}
+    updates, _ = tx.update(grads, tx.init(params), params, **given)
+    wanted, _ = groups.update(grads, groups.init(params), params, **given)
+    for name in "bc":
+        np.testing.assert_array_equal(updates[name], wanted[name])
+    renamed = {"z": leaf, "b": leaf, "c": leaf}
+    with pytest.raises(ValueError, match="other_task_grads"):
+        groups.update(
+            grads, groups.init(params), params, other_task_grads=(other, renamed)
+        )

@@ -11,8 +11,9 @@ from typing import Any, Literal, Self, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
+from mtl_optax._some_tasks import PickedTasks
 from mtl_optax._tree import (
     HIGHEST,
     gramian,
@@ -166,11 +167,14 @@ class JointJacobian(BaseJacobian):
                 for t in range(self.num_tasks)
             ]
             return [jnp.stack(leaf) for leaf in zip(*rows, strict=True)]
-        basis = like_losses(jnp.eye(self.num_tasks), self.losses)
+        return self.rows(like_losses(jnp.eye(self.num_tasks), self.losses))
+
+    def rows(self, cotangents: Array) -> list[Array]:
+        """One row for each of the cotangents ``[K, T]``."""
         return map_rows(
             lambda e: self._pick(self.pullback(e)),
-            basis,
-            self._row_mode(),
+            cotangents,
+            self._row_mode(cotangents.shape[0]),
             self.batch_size,
         )
 
@@ -194,10 +198,13 @@ class JointJacobian(BaseJacobian):
         plans = self.plans
         if not self.holds(plans):
             return self
-        layers = self._layers(plans)
         basis = like_losses(jnp.eye(self.num_tasks), self.losses)
-        digests = present(self._sweep(layers, basis), task_mask)
-        return HeldSweep(self, layers, digests)
+        layers, digests = self.sweep(plans, basis)
+        return HeldSweep(self, layers, present(digests, task_mask))
+
+    def pick(self, tasks: Int[Array, " few"]) -> "PickedJoint":
+        """Some tasks alone: as many cotangents."""
+        return PickedJoint(self, tasks)
 
     @property
     def stores_rows(self) -> bool:
@@ -228,16 +235,21 @@ class JointJacobian(BaseJacobian):
             return self.num_tasks > _PAIRED * self.batch_size
         return self.mode == "map"
 
-    def holds(self, plans: Sequence[LeafPlan]) -> bool:
-        """Whether `hold` keeps what layers leave behind."""
+    def holds(self, plans: Sequence[LeafPlan], count: int | None = None) -> bool:
+        """Whether `hold` keeps what layers leave behind of so many tasks, or of all."""
         small = sum(plan.left for plan in plans) <= _HELD_BYTES
-        few = self.num_tasks <= _HELD_TASKS and self.batch_size is None
+        swept = self.num_tasks if count is None else count
+        few = swept <= _HELD_TASKS and self.batch_size is None
         return self.mode is None and few and small
 
     @property
     def plans(self) -> tuple[LeafPlan, ...]:
         """What is done for each leaf when the Gramian is taken layer by layer."""
-        return plan_leaves(self.found, self.leaves, self._params, self.num_tasks)
+        return self.plans_for(self.num_tasks)
+
+    def plans_for(self, count: int) -> tuple[LeafPlan, ...]:
+        """The same, where so many tasks are swept."""
+        return plan_leaves(self.found, self.leaves, self._params, count)
 
     @property
     def _params(self) -> list[Array]:
@@ -254,6 +266,13 @@ class JointJacobian(BaseJacobian):
 
     def _layers(self, plans: Sequence[LeafPlan], *, taps: int | None = None) -> Layers:
         return run_layers(self.traced, self._params, plans, taps=taps)
+
+    def sweep(
+        self, plans: Sequence[LeafPlan], cotangents: Array
+    ) -> tuple[Layers, Digests]:
+        """What a forward pass and a sweep of the cotangents ``[K, T]`` leave behind."""
+        layers = self._layers(plans)
+        return layers, self._sweep(layers, cotangents)
 
     def _sweep(self, layers: Layers, cotangents: Array) -> Digests:
         swept = (
@@ -321,10 +340,10 @@ class JointJacobian(BaseJacobian):
         gram = jnp.matmul(columns, combine.T, precision=HIGHEST)
         return mirrored(gram)
 
-    def _row_mode(self) -> RowMode:
+    def _row_mode(self, count: int) -> RowMode:
         if self.mode is not None and self.mode != "layerwise":
             return self.mode
-        few = self.num_tasks <= UNROLL and self.batch_size is None
+        few = count <= UNROLL and self.batch_size is None
         return "unroll" if few or self.traits.ragged else "vmap"
 
 
@@ -374,10 +393,46 @@ def present(rows: Any, task_mask: TaskMask | None) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class PickedJoint(PickedTasks):
+    """Some tasks of several losses of one batch."""
+
+    base: JointJacobian
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        return self.base.leaves
+
+    def gramian(
+        self, basis: Basis | None = None, task_mask: TaskMask | None = None
+    ) -> Array:
+        if self.base.stores_rows:
+            return gramian(self.stack(), basis=basis, task_mask=task_mask)
+        return super().gramian(basis, task_mask)
+
+    def stack(self, *, isolated: bool = False) -> list[Array]:
+        del isolated
+        return self.base.rows(self._cotangents)
+
+    def hold(self, task_mask: TaskMask | None = None) -> TaskJacobian:
+        """As that of all tasks."""
+        if self.base.stores_rows:
+            return HeldRows(self, present(self.stack(), task_mask))
+        plans = self.base.plans_for(self.num_tasks)
+        if not self.base.holds(plans, self.num_tasks):
+            return self
+        layers, digests = self.base.sweep(plans, self._cotangents)
+        return HeldSweep(self, layers, present(digests, task_mask))
+
+    @property
+    def _cotangents(self) -> Array:
+        return like_losses(self.spread(jnp.eye(self.num_tasks)), self.base.losses)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Held:
     """A Jacobian of which something is held; rows are those of `base`."""
 
-    base: "JointJacobian | SeparateJacobian"
+    base: "JointJacobian | SeparateJacobian | PickedJoint"
 
     @property
     def num_tasks(self) -> int:
@@ -493,3 +548,21 @@ class SeparateJacobian(BaseJacobian):
     def hold(self, task_mask: TaskMask | None = None) -> TaskJacobian:
         """The same Jacobian with its rows held: a Gramian stores them anyway."""
         return HeldRows(self, present(self.stack(), task_mask))
+
+    def pick(self, tasks: Int[Array, " few"]) -> "SeparateJacobian":
+        """Some tasks alone, on their own batches."""
+        batches = jax.tree.map(lambda x: x[tasks], self.batches)
+        each = jax.vmap(self.function, in_axes=(None, 0))
+
+        def pullback(cotangent: Array) -> PyTree[Array]:
+            # Another forward pass: that of all tasks goes back through all of them.
+            _, vjp = jax.vjp(lambda params: each(params, batches), self.params)
+            return vjp(cotangent)[0]
+
+        return dataclasses.replace(
+            self,
+            batches=batches,
+            losses=self.losses[tasks],
+            pullback=pullback,
+            task_names=tuple(str(place) for place in range(tasks.shape[0])),
+        )

@@ -46,6 +46,16 @@ def one_of_each_kind() -> list[mtl.Method]:
     return list({(m.kind, m.needs): m for m in rows}.values())
 
 
+def one_of_each_sort() -> list[mtl.Method]:
+    """A few: the first of every kind with a Gramian or not, more arguments or not."""
+
+    def sort_of(method):
+        plain = method.needs <= {"gramian", "gramian_in_basis"}
+        return method.kind, sees_gramian(method), plain
+
+    return list({sort_of(m): m for m in reversed(mtl.METHODS.values())}.values())
+
+
 def sees_gramian(method: mtl.Method) -> bool:
     return bool(method.needs & {"gramian", "gramian_in_basis"})
 
@@ -153,6 +163,9 @@ class Trajectories(NamedTuple):
         lengths = np.linalg.norm(rows, axis=-1)
         if self.weights is not None:
             lengths = lengths * np.abs(self.weights)
+        elif history(self.states):  # rows of earlier steps may have been longer
+            own = np.linalg.norm(self.updates, axis=-1, keepdims=True)
+            lengths = np.concatenate([lengths, own], axis=-1)
         return np.maximum(lengths.max(-1), np.finfo(np.float32).tiny)
 
 
@@ -971,7 +984,7 @@ def check_one_backward_pass(method, place, num_tasks=8):
         cost = compiled.cost_analysis()
         cost = cost[0] if isinstance(cost, list) else cost
         flops.append(cost["flops"])
-    assert flops[0] < 1.02 * flops[1], f"{place}: {flops[0]} flops, plain {flops[1]}"
+    assert flops[0] < 1.01 * flops[1], f"{place}: {flops[0]} flops, plain {flops[1]}"
 
 
 # ------------------------------------------------------------------- 10. checkpointing
@@ -1225,6 +1238,11 @@ def check_absent(method):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol, err_msg=path)
 
 
+def _is_one_row(path, shape):
+    """Whether a leaf is shaped like a parameter, which no task owns."""
+    return any(path.endswith(f"['{n}']") and shape == s for n, s in SHAPES.items())
+
+
 def check_absent_for_a_while(method, num_tasks=3):
     """Law 12: masks may change; absent tasks hold still, whatever they hold."""
     rows, losses = draws(num_tasks)
@@ -1243,6 +1261,8 @@ def check_absent_for_a_while(method, num_tasks=3):
         moved = leaf[:, 1:] != leaf[:, :-1]
         anything = moved.reshape(*moved.shape[:2], -1).any(-1)
         assert not np.any(anything & nobody[:, 1:]), f"{path} moved without any task"
+        if _is_one_row(path, leaf.shape[2:]):
+            continue
         for axis in range(2, leaf.ndim):
             if leaf.shape[axis] == num_tasks:
                 own = np.moveaxis(moved, axis, 2)

@@ -43,7 +43,7 @@ def failures(cases):
     return {case: error for case, error in cases.items() if error}
 
 
-@pytest.mark.parametrize("name", [m.name for m in laws.one_of_each_kind()])
+@pytest.mark.parametrize("name", [m.name for m in laws.one_of_each_sort()])
 def test_law_10_sharded_is_one_device(results, name):
     assert len(results[name]) >= 5
     assert not failures(results[name])

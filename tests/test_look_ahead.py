@@ -787,6 +787,7 @@ def test_isolation_is_promised_only_where_it_holds():
 # --------------------------------------------------------------------- aux, masks, cost
 
 
+@pytest.mark.slow
 def test_aux_is_that_of_the_current_parameters_and_the_outer_batch():
     params, batch = net()
     other = (normal((9, 4), 70), normal((3, 9), 71))
@@ -872,6 +873,7 @@ def test_cost_grows_with_the_number_of_tasks_and_not_its_square(first_order):
         assert four[way] > 0.8 * 2 * two[way]  # the measure sees what it should
 
 
+@pytest.mark.slow
 def test_flax_nnx():
     model = models.DigitsNet(("CL", "RR"), hidden=8, features=4, rngs=nnx.Rngs(0))
     apply, params = models.functional(model)

@@ -78,7 +78,8 @@ def train_step(method, key, hyper, params, state, number):
     batch = (x + 0.3 * jax.random.normal(batch_key, x.shape), y)
     inner = {k: v for k, v in hyper.options.items() if k == "inner_learning_rate"}
     losses, grads = method.jacobian(losses_of, **inner)(params, batch)
-    extras = laws.extras_of(method, TASKS, losses, {"trunk": params["trunk"]})
+    shared = {"trunk": params["trunk"]}
+    extras = laws.extras_of(method, TASKS, losses, shared, grads)
     if "key" in method.needs:
         extras["key"] = own_key
     updates, state = transform(method, hyper).update(grads, state, params, **extras)
@@ -117,7 +118,7 @@ def difference(found, wanted):
         pytest.param(
             m,
             id=m.name,
-            marks=() if m in laws.one_of_each_kind() else pytest.mark.slow,
+            marks=() if m in laws.one_of_each_sort() else pytest.mark.slow,
         )
         for m in mtl.METHODS.values()
     ],

@@ -232,10 +232,12 @@ def test_as_if_there_were_no_other_task(name):
         )
 
 
+# Adam's first steps are all 1 or -1. Where they cancel, one that normalises would make
+# steps of what rounding leaves.
 FOLLOWERS = [
-    pytest.param(name, marks=[] if m in laws.one_of_each_kind() else pytest.mark.slow)
+    pytest.param(name, marks=[] if m in laws.one_of_each_sort() else pytest.mark.slow)
     for name, m in mtl.METHODS.items()
-    if m.kind != "jacobian"
+    if m.kind != "jacobian" and not m.normalises
 ]
 
 

@@ -111,6 +111,7 @@ def everything(params, x):
 
 
 @pytest.mark.usefixtures("faulty")
+@pytest.mark.slow
 def test_what_keeps_sums_apart_changes_no_result():
     params = single({"scale": numbers(6), "stack": numbers(3, 6, 6)})
     x = single(numbers(5, 6))

@@ -557,10 +557,9 @@ def test_a_broken_task_counts_as_absent(method):
     def run(tx, extra):
         def step(state, now):
             row, loss = now
-            extras = laws.extras_of(method, 3, loss) | extra
-            updates, state = tx.update(
-                laws.to_tree(row), state, laws.params_of(), **extras
-            )
+            grads = laws.to_tree(row)
+            extras = laws.extras_of(method, 3, loss, grads=grads) | extra
+            updates, state = tx.update(grads, state, laws.params_of(), **extras)
             return state, laws.to_flat(updates)
 
         scan = functools.partial(jax.lax.scan, step, tx.init(laws.params_of()))

@@ -312,7 +312,8 @@ def _compiled(
         params = jnp.zeros(rows.shape[1:], rows.dtype)
         extras = {"losses": jnp.ones(num_tasks), **method.extras(num_tasks, params)}
         updates, state = tx.update(rows, tx.init(params), params, **extras)
-        weights = optax.tree_utils.tree_get(state, "task_weights")
+        weights: Any = optax.tree_utils.tree_get(state, "task_weights")
+        weights = jnp.ones(num_tasks) if weights is None else weights
         residual = optax.tree_utils.tree_get(state, "solver_residual", jnp.nan)
         return Combined(updates, weights, residual)
 

@@ -98,10 +98,15 @@ def measure(
         extras = method.extras(num_tasks, {"trunk": params["trunk"]})
 
         def step(params: Any, state: Any, x: Array) -> Any:
-            losses, task_grads = method.jacobian(loss_fn)(params, x)
-            if stacked:
-                task_grads = mtl.materialize(task_grads)
+            def grads_of(x: Array) -> Any:
+                losses, task_grads = method.jacobian(loss_fn)(params, x)
+                return losses, mtl.materialize(task_grads) if stacked else task_grads
+
+            losses, task_grads = grads_of(x)
             given = {**extras, "losses": losses}
+            if "other_task_grads" in method.needs:
+                others = (jnp.roll(x, places, axis=1) for places in (1, 2))
+                given["other_task_grads"] = tuple(grads_of(x)[1] for x in others)
             updates, state = tx.update(task_grads, state, params, **given)
             return optax.apply_updates(params, updates), state
 

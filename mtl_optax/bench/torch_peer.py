@@ -189,9 +189,11 @@ def make_aggregator(name: str, rows: Numbers) -> Callable[[], Numbers]:
 
     options: dict[str, dict[str, Any]] = {
         "CAGrad": {"c": 0.4},
+        "ExcessMTL": {"n_warmup_steps": 1},
         "FairGrad": {"alpha": 1.0},
         "Krum": {"n_byzantine": 0},
         "NashMTL": {"n_tasks": len(rows)},
+        "TrimmedMean": {"trim_number": 1},
     }
     aggregator = getattr(aggregation, name)(**options.get(name, {}))
     matrix = _tensor(rows)

@@ -157,12 +157,16 @@ def _stands_alone(name: str) -> bool:
 
 
 def peer_name(method: mtl.Method) -> str:
-    """TorchJD's name of a method, or nothing; of several, the last.
+    """TorchJD's aggregator for a method, or nothing; of several, the last.
+
+    What it calls a scalarization weighs losses; what takes more batches is a weighting.
 
     Example:
       >>> peer_name(mtl.METHODS["nash_mtl"]), peer_name(mtl.METHODS["edm"])
       ('NashMTL', '')
     """
+    if method.needs & {"losses", "other_task_grads"}:
+        return ""
     for names in method.peers.split("; "):
         if names.startswith(f"{PEER} "):
             return names.removeprefix(f"{PEER} ").split(", ")[-1]

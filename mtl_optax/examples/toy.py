@@ -340,13 +340,15 @@ def _make_path(
         ) -> tuple[tuple[Point, Any], Point]:
             x, state = carry
             losses, task_grads = jacobian(x)
+            # Two rows of two numbers are cheaper kept than computed again.
+            rows = mtl.materialize(task_grads)
             # What a method does not need it swallows, and XLA leaves out.
             given = dict(way.extras) | {
                 "losses": losses,
+                # Every batch is alike: there is no noise here.
+                "other_task_grads": (rows, rows),
                 "key": jax.random.fold_in(key, number),
             }
-            # Two rows of two numbers are cheaper kept than computed again.
-            rows = mtl.materialize(task_grads)
             updates, state = tx.update(rows, state, x, **given)
             x = optax.apply_updates(x, updates)
             return (x, state), x

@@ -233,11 +233,12 @@ def test_as_if_there_were_no_other_task(name):
 
 
 # Adam's first steps are all 1 or -1. Where they cancel, one that normalises would make
-# steps of what rounding leaves.
+# steps of what rounding leaves; and of lengths that are all alike rounding decides
+# which `gradnorm` thinks too long.
 FOLLOWERS = [
     pytest.param(name, marks=[] if m in laws.one_of_each_sort() else pytest.mark.slow)
     for name, m in mtl.METHODS.items()
-    if m.kind != "jacobian" and not m.normalises
+    if m.kind != "jacobian" and not m.normalises and name != "gradnorm"
 ]
 
 

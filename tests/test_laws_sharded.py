@@ -25,7 +25,7 @@ def run(*arguments):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=1800,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = {}

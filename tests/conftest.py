@@ -19,11 +19,28 @@ if _LEVEL not in os.environ.get("XLA_FLAGS", ""):
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
+# Each compiled program holds memory maps, of which Linux allows a process 65,530.
+_MAPS = pathlib.Path("/proc/self/maps")
+_MANY_MAPS = 20_000
+_tests_run = 0
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _forget_what_was_compiled():
-    """Each compiled program holds memory maps, of which a process may have 65,530."""
+def _forget_what_a_file_compiled():
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_many_tests_compiled():
+    global _tests_run
+    yield
+    _tests_run += 1
+    if _tests_run % 20 == 0 and _MAPS.exists():
+        with _MAPS.open("rb") as maps:
+            many = sum(1 for _ in maps) > _MANY_MAPS
+        if many:
+            jax.clear_caches()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from mtl_optax._arguments import check_count, check_num_tasks, check_transform
+from mtl_optax._arguments import check_count, check_transform, read_num_tasks
 from mtl_optax._cond import cond_when_any
 from mtl_optax._transform import Combiner, read_losses, read_task_mask
 from mtl_optax._tree import (
@@ -105,13 +105,7 @@ def accumulate_task_grads(
     """
     check_count("accumulate_task_grads: k", k)
     check_transform("accumulate_task_grads", "tx", tx)
-    tasks = num_tasks if num_tasks is not None else getattr(tx, "num_tasks", None)
-    if tasks is None:
-        raise TypeError(
-            "accumulate_task_grads: num_tasks must be given for a transform that does "
-            "not carry it, such as an optax.chain."
-        )
-    check_num_tasks(tasks)
+    tasks = read_num_tasks("accumulate_task_grads", num_tasks, tx)
     wrapped = optax.with_extra_args_support(tx)
 
     def init(params: Params) -> AccumulateTaskGradsState:

@@ -2,11 +2,13 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 
 def check_num_tasks(num_tasks: Any) -> None:
@@ -78,6 +80,41 @@ def check_positive(name: str, value: Any) -> None:
             raise ValueError(f"{name} must be positive (in float32), got {value}.")
         if value > numbers.max:
             raise ValueError(f"{name} must be finite (in float32), got {value}.")
+
+
+def read_numbers(value: Any) -> tuple[Array | np.ndarray, bool]:
+    """Numbers as an array, and whether they are traced; where not, they are NumPy's."""
+    parts = value if isinstance(value, Sequence) else [value]
+    traced = any(isinstance(x, jax.core.Tracer) for x in parts)
+    return jnp.asarray(value) if traced else np.asarray(value, float), traced
+
+
+def read_one_a_task(
+    name: str, value: Any, num_tasks: int
+) -> tuple[Array | np.ndarray, bool]:
+    """As `read_numbers`; raises ValueError for another shape than ``[T]``."""
+    numbers, traced = read_numbers(value)
+    if numbers.shape != (num_tasks,):
+        raise ValueError(
+            f"{name}: expected one number a task, shape ({num_tasks},), got shape "
+            f"{numbers.shape}."
+        )
+    return numbers, traced
+
+
+def read_num_tasks(who: str, num_tasks: int | None, tx: Any) -> int:
+    """T as given, or as `tx` carries it.
+
+    Raises TypeError where neither knows it, and as `check_num_tasks`.
+    """
+    tasks = num_tasks if num_tasks is not None else getattr(tx, "num_tasks", None)
+    if tasks is None:
+        raise TypeError(
+            f"{who}: num_tasks must be given for a transform that does not carry it, "
+            "such as an optax.chain."
+        )
+    check_num_tasks(tasks)
+    return tasks
 
 
 def _is_concrete_scalar(name: str, value: Any) -> bool:

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from mtl_optax._arguments import check_nonnegative
+from mtl_optax._tree import choose_rows
 from mtl_optax._types import TaskMask
 
 # `optax.adam`, or whatever else makes an optimiser of a learning rate.
@@ -18,7 +19,9 @@ LearningRate: TypeAlias = float | jax.Array | optax.Schedule
 
 
 # Optimisers square gradients, and float32 ends at 3e38.
-_LARGEST_GRADIENT = 1e18
+LARGEST_GRADIENT = 1e18
+# Of learned logarithms: beyond, weights would leave float32.
+LARGEST_LOG = 60.0
 
 
 class Learned(NamedTuple):
@@ -71,24 +74,27 @@ def learn(
     gradient: Float[Array, " tasks"],
     learned: Learned,
     task_mask: TaskMask,
+    *,
+    limit: float | None = None,
 ) -> Learned:
     """The state after a step down `gradient`; absent tasks' numbers do not move.
 
     Nor do those of a task whose gradient is NaN: one broken batch would never be
-    forgotten.
+    forgotten. With `limit` numbers stop at that size, from where they can come back.
     """
     values = learned.learned_values
     task_mask = task_mask & ~jnp.isnan(gradient)
-    gradient = jnp.clip(gradient, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
+    gradient = jnp.clip(gradient, -LARGEST_GRADIENT, LARGEST_GRADIENT)
     gradient = jnp.where(task_mask, gradient, 0).astype(values.dtype)
     steps, learner = jax.vmap(optimizer.update)(gradient, learned.learner, values)
-    moved = Learned(optax.apply_updates(values, steps), learner)
-
-    def keep(new: Array, old: Array) -> Array:
-        present = task_mask.reshape(-1, *[1] * (old.ndim - 1))
-        return jnp.where(present, new.astype(old.dtype), old)
-
-    return jax.tree.map(keep, moved, learned)
+    moved = optax.apply_updates(values, steps)
+    if limit is not None:
+        moved = jnp.clip(moved, -limit, limit)
+    return jax.tree.map(
+        lambda new, old: choose_rows(task_mask, new.astype(old.dtype), old),
+        Learned(moved, learner),
+        learned,
+    )
 
 
 def _strong(leaf: Any) -> Array:

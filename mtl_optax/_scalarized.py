@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from mtl_optax._arguments import read_one_a_task
 from mtl_optax._learned import Learned, init_learned, learn
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._types import DType, Losses, Scalar, TaskMask, Weighting, Weights
@@ -64,14 +65,7 @@ def read_point(
     """
     if value is None:
         return None
-    parts = value if isinstance(value, Sequence) else [value]
-    traced = any(isinstance(x, jax.core.Tracer) for x in parts)
-    numbers = jnp.asarray(value) if traced else np.asarray(value, float)
-    if numbers.shape != (num_tasks,):
-        raise ValueError(
-            f"{name}: expected one number a task, shape ({num_tasks},), got shape "
-            f"{numbers.shape}."
-        )
+    numbers, traced = read_one_a_task(name, value, num_tasks)
     if not traced:
         good = np.isfinite(numbers) & ((numbers > 0) | (not positive))
         if not np.all(good):
@@ -126,12 +120,8 @@ def scalarized(
         ascent = jax.value_and_grad(objective, argnums=(0, 1))
         value, (weights, uphill) = ascent(losses, values, task_mask)
         if optimizer is not None and isinstance(learned, Learned):
-            learned = learn(
-                optimizer, uphill, learned, task_mask & jnp.isfinite(losses)
-            )
-            if limit is not None:
-                bounded = jnp.clip(learned.learned_values, -limit, limit)
-                learned = learned._replace(learned_values=bounded)
+            sound = task_mask & jnp.isfinite(losses)
+            learned = learn(optimizer, uphill, learned, sound, limit=limit)
         value = jnp.where(jnp.any(task_mask), value, 0)
         info = ScalarizedInfo(value.astype(state.info.objective.dtype))
         return weights, ScalarizedState(learned, info)

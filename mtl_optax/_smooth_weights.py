@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mtl_optax._arguments import check_nonnegative
-from mtl_optax._transform import Combiner, from_weighting
+from mtl_optax._transform import Combiner, from_weighting, method_of
 from mtl_optax._types import DType, Gramian, State, TaskMask, Weighting, Weights
 
 
@@ -101,7 +101,8 @@ def smooth_weights(tx: Combiner, alpha: float | jax.Array = 0.9) -> Combiner:
       NeurIPS 2022.
     """
     check_nonnegative("smooth_weights: alpha", alpha, at_most=1.0)
-    wrapped, num_tasks = _pieces(tx)
+    method = method_of(tx, "smooth_weights({})", "to average", "update_every({}, 10)")
+    wrapped = method.weighting
 
     def init(num_tasks: int, dtype: DType) -> SmoothWeightsState:
         return SmoothWeightsState(
@@ -133,23 +134,7 @@ def smooth_weights(tx: Combiner, alpha: float | jax.Array = 0.9) -> Combiner:
 
     return from_weighting(
         Weighting(init, update, wrapped.needs),
-        num_tasks,
-        scale=tx.scale,
-        axis_name=tx.axis_name,
+        method.num_tasks,
+        scale=method.scale,
+        axis_name=method.axis_name,
     )
-
-
-def _pieces(tx: Combiner) -> tuple[Weighting, int]:
-    if not isinstance(tx, Combiner):
-        raise TypeError(
-            f"smooth_weights: tx must be a combiner of mtl_optax, got {tx!r}. In a "
-            "chain wrap the combiner alone, as in chain(smooth_weights(edm(2)), "
-            "adam(1e-3))."
-        )
-    if tx.weighting is None or tx.num_tasks is None:
-        raise TypeError(
-            "smooth_weights: tx has no weights to average. A method on whole rows "
-            "(from_aggregator, sum_tasks) has none; of a wrapper put it inside, as in "
-            "update_every(smooth_weights(cagrad(3)), 10)."
-        )
-    return tx.weighting, tx.num_tasks

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mtl_optax._arguments import read_one_a_task
 from mtl_optax._types import DType, TaskMask
 
 
@@ -55,15 +55,7 @@ def read_per_task(
             f"{name}: expected a sequence or an array of {num_tasks} numbers, in the "
             f"order of the losses (a dict's keys are sorted), got {value!r}."
         )
-    traced = isinstance(value, jax.core.Tracer)
-    if isinstance(value, Sequence):
-        traced = any(isinstance(x, jax.core.Tracer) for x in value)
-    numbers = jnp.asarray(value) if traced else np.asarray(value, float)
-    if numbers.shape != (num_tasks,):
-        raise ValueError(
-            f"{name}: expected one number a task, shape ({num_tasks},), got shape "
-            f"{numbers.shape}."
-        )
+    numbers, traced = read_one_a_task(name, value, num_tasks)
     if not traced:
         good = np.all(np.isfinite(numbers) & (numbers >= 0)) and np.any(numbers > 0)
         if not good:
@@ -71,6 +63,16 @@ def read_per_task(
                 f"{name} must be finite, not negative and not all zero, got {value}."
             )
     return numbers
+
+
+# Beyond, softmaxes and weights would leave float32; they are one-sided long before.
+_LARGEST_RATIO = 1e18
+
+
+def ratio_or_one(new: Array, old: Array) -> Array:
+    """``new / old``; from 0 nothing has changed."""
+    ratio = new / jnp.where(old == 0, 1, old)
+    return jnp.where(old == 0, 1, jnp.clip(ratio, -_LARGEST_RATIO, _LARGEST_RATIO))
 
 
 def shares_of(

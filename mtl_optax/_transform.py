@@ -338,6 +338,26 @@ class WeightedMethod(NamedTuple):
         return updates, CombinerState(state.weighting, info)
 
 
+def method_of(tx: Any, call: str, purpose: str, inside: str) -> WeightedMethod:
+    """What `from_weighting` made `tx` of, for the wrapper of that `call`.
+
+    Raises TypeError where there are no weights; `inside` says where the wrapper goes.
+    """
+    who = call.partition("(")[0]
+    if not isinstance(tx, Combiner):
+        raise TypeError(
+            f"{who}: tx must be a combiner of mtl_optax, got {tx!r}. In a chain wrap "
+            f"the combiner alone, as in chain({call.format('edm(2)')}, adam(1e-3))."
+        )
+    if tx.weighting is None or tx.num_tasks is None:
+        raise TypeError(
+            f"{who}: tx has no weights {purpose}. A method on whole rows "
+            "(from_aggregator, sum_tasks) has none; of a wrapper put it inside, as in "
+            f"{inside.format(call.format('cagrad(3)'))}."
+        )
+    return WeightedMethod(tx.weighting, tx.num_tasks, tx.scale, tx.axis_name)
+
+
 def from_aggregator(
     aggregator: Aggregator,
     num_tasks: int,

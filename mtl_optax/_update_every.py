@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mtl_optax._arguments import check_count
 from mtl_optax._cond import cond_when_any
-from mtl_optax._transform import Combiner, CombinerState, WeightedMethod
+from mtl_optax._transform import Combiner, CombinerState, method_of
 from mtl_optax._types import Params, TaskGradients, Updates, Weights
 
 
@@ -107,7 +107,9 @@ def update_every(tx: Combiner, k: int) -> Combiner:
       Multi-Objective Optimization <https://arxiv.org/abs/2412.10961>`_, 2024.
     """
     check_count("update_every: k", k)
-    method = _pieces(tx)
+    method = method_of(
+        tx, "update_every({}, 10)", "to keep", "shared_only({}, mask), and once"
+    )
 
     def init(params: Params) -> UpdateEveryState:
         inner = method.init(params)
@@ -167,22 +169,6 @@ def update_every(tx: Combiner, k: int) -> Combiner:
     return Combiner(
         init, update, method.num_tasks, scale=method.scale, axis_name=method.axis_name
     )
-
-
-def _pieces(tx: Combiner) -> WeightedMethod:
-    if not isinstance(tx, Combiner):
-        raise TypeError(
-            "update_every: tx must be a combiner of mtl_optax, got "
-            f"{tx!r}. In a chain wrap the combiner alone, as in "
-            "chain(update_every(edm(2), 10), adam(1e-3))."
-        )
-    if tx.weighting is None or tx.num_tasks is None:
-        raise TypeError(
-            "update_every: tx has no weights to keep. A method on whole rows "
-            "(from_aggregator, sum_tasks) has none; of a wrapper put it inside, as in "
-            "shared_only(update_every(cagrad(3), 10), mask), and once."
-        )
-    return WeightedMethod(tx.weighting, tx.num_tasks, tx.scale, tx.axis_name)
 
 
 def _phase_of(step: Any, k: int) -> Int[Array, ""]:

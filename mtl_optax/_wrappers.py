@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from mtl_optax._arguments import check_num_tasks, check_transform
+from mtl_optax._arguments import check_transform, read_num_tasks
 from mtl_optax._masks import merge_parts, part_of, read_mask
 from mtl_optax._transform import (
     Combiner,
@@ -191,13 +191,7 @@ def skip_nonfinite_tasks(
       >>> updates["w"], state.info.skipped_tasks
       (Array([3., 4.], dtype=float32), Array([0, 1], dtype=int32))
     """
-    tasks = num_tasks if num_tasks is not None else getattr(tx, "num_tasks", None)
-    if tasks is None:
-        raise TypeError(
-            "skip_nonfinite_tasks: num_tasks must be given for a transform that does "
-            "not carry it, such as an optax.chain."
-        )
-    check_num_tasks(tasks)
+    tasks = read_num_tasks("skip_nonfinite_tasks", num_tasks, tx)
     inner_tx = optax.with_extra_args_support(tx)
 
     def init(params: Params) -> SkipNonfiniteState:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mtl_optax._arguments import check_nonnegative, check_num_tasks
+from mtl_optax._arguments import check_nonnegative, check_num_tasks, read_numbers
 from mtl_optax._transform import Combiner, LengthScale, from_aggregator
 from mtl_optax._tree import mix_rows
 from mtl_optax._types import Aggregator, Params, TaskGradients, Updates
@@ -24,9 +24,7 @@ from mtl_optax._types import Aggregator, Params, TaskGradients, Updates
 
 def _read_leak(leak: Any, num_tasks: int) -> Array | np.ndarray:
     """One leak or one a task as an array, checked where it is concrete."""
-    parts = leak if isinstance(leak, Sequence) else [leak]
-    traced = any(isinstance(part, jax.core.Tracer) for part in parts)
-    numbers = jnp.asarray(leak) if traced else np.asarray(leak, float)
+    numbers, traced = read_numbers(leak)
     if numbers.shape not in ((), (num_tasks,)):
         raise ValueError(
             f"leak: expected one number, or one a task, shape ({num_tasks},), got "

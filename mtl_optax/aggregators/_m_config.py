@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from mtl_optax._arguments import check_nonnegative, check_num_tasks, check_positive
+from mtl_optax._learned import LARGEST_GRADIENT
 from mtl_optax._moments import (
     column,
     keep_absent,
@@ -36,9 +37,6 @@ from mtl_optax._types import (
     Updates,
 )
 from mtl_optax.solvers import conflict_free_weights, unit_rows
-
-# What is squared, and float32 ends at 3e38.
-_LARGEST_GRADIENT = 1e18
 
 
 class MConfigState(NamedTuple):
@@ -163,7 +161,7 @@ def m_config(
         del params, extra
         wide = wide_rows(rows, state.momenta)
         asked = _read_fresh(fresh, task_mask)
-        new = sound_rows(wide, asked, axis_name, below=_LARGEST_GRADIENT)
+        new = sound_rows(wide, asked, axis_name, below=LARGEST_GRADIENT)
         dtype = state_dtype(state.pseudo_momentum)
         beta, gamma = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
 
@@ -192,7 +190,7 @@ def m_config(
         def add_square(v: Array, p: Array, before: Array) -> Array:
             b, c = beta.astype(v.dtype), gamma.astype(v.dtype)
             gradient = (p - b * before) / (1 - b)
-            gradient = jnp.clip(gradient, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
+            gradient = jnp.clip(gradient, -LARGEST_GRADIENT, LARGEST_GRADIENT)
             return c * v + (1 - c) * jnp.square(gradient)
 
         squares = jax.tree.map(

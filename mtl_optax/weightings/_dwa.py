@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mtl_optax._arguments import check_count, check_positive
+from mtl_optax._solved import ratio_or_one
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._types import DType, Losses, TaskMask, Weighting, Weights
 
-# Ratios and losses beyond would leave float32; the softmax is one-sided long before.
-_LARGEST_RATIO, _LARGEST = 1e18, 1e30
+# Losses beyond would leave float32; the softmax is one-sided long before.
+_LARGEST = 1e30
 
 
 class DWAState(NamedTuple):
@@ -40,9 +41,7 @@ class DWAState(NamedTuple):
 
 def _rates(state: DWAState) -> Array:
     """``r [T]``; 1, no change, for a task without two windows or from a loss of 0."""
-    known = state.older_average != 0
-    ratio = state.latest_average / jnp.where(known, state.older_average, 1)
-    return jnp.where(known, jnp.clip(ratio, -_LARGEST_RATIO, _LARGEST_RATIO), 1)
+    return ratio_or_one(state.latest_average, state.older_average)
 
 
 def _remember(state: DWAState, losses: Losses, window: int) -> DWAState:

@@ -25,6 +25,7 @@ from mtl_optax._learned import (
     learn,
     make_optimizer,
 )
+from mtl_optax._moments import count_present
 from mtl_optax._scalarized import read_point
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._types import DType, Gramian, Losses, TaskMask, Weighting, Weights
@@ -50,8 +51,7 @@ class GradNormState(NamedTuple):
 
 
 def _mean(values: Array, mask: TaskMask) -> Array:
-    count = jnp.maximum(jnp.sum(mask.astype(values.dtype)), 1)
-    return jnp.sum(values, where=mask) / count
+    return jnp.sum(values, where=mask) / count_present(mask, values.dtype)
 
 
 def _slowness(losses: Losses, first: Losses, mask: TaskMask) -> Array:

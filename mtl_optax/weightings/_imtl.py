@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float
 
 from mtl_optax._learned import (
+    LARGEST_LOG,
     Learned,
     LearningRate,
     OptimizerOf,
@@ -26,9 +27,7 @@ from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._types import DType, Gramian, Losses, TaskMask, Weighting, Weights
 from mtl_optax.solvers import UnitRows, impartial_weights, unit_rows
 
-# Beyond, weights would leave float32; the optimum at a loss L is s = -log L.
-_LARGEST = 60.0
-# The same for the ratios of two tasks' factors: shares are found from those.
+# Of the logarithms of two tasks' factors apart: shares are found from their ratios.
 _LARGEST_RATIO = 40.0
 
 
@@ -125,10 +124,8 @@ def imtl(
         s = state.scales.learned_values
         weights = _scaled_weights(unit_rows(gramian, task_mask), s)
         sound = task_mask & jnp.isfinite(losses)
-        moved = learn(learner, jnp.exp(s) * losses - 1, state.scales, sound)
-        # Where it would run off, it stops at the bound and can come back.
-        bounded = jnp.clip(moved.learned_values, -_LARGEST, _LARGEST)
-        moved = moved._replace(learned_values=bounded)
+        slope = jnp.exp(s) * losses - 1
+        moved = learn(learner, slope, state.scales, sound, limit=LARGEST_LOG)
         return weights, IMTLState(moved)
 
     return from_weighting(

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mtl_optax._learned import LearningRate, OptimizerOf, make_optimizer
+from mtl_optax._learned import (
+    LARGEST_LOG,
+    LearningRate,
+    OptimizerOf,
+    make_optimizer,
+)
 from mtl_optax._scalarized import scalarized
 from mtl_optax._transform import Combiner, Scale
 from mtl_optax._types import Losses, Scalar, TaskMask
-
-# Beyond, weights would leave float32; the optimum at a loss L is s = -log L.
-_LARGEST = 60.0
 
 
 def _scaled_losses(
@@ -81,6 +83,6 @@ def imtl_l(
         _scaled_losses,
         num_tasks,
         optimizer=make_optimizer(optimizer, learning_rate),
-        limit=_LARGEST,
+        limit=LARGEST_LOG,
         scale=scale,
     )

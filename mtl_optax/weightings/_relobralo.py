@@ -16,11 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mtl_optax._arguments import check_nonnegative, check_positive
+from mtl_optax._solved import ratio_or_one
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._types import DType, Losses, TaskMask, Weighting, Weights
-
-# Ratios beyond would leave float32; the softmax is one-sided long before.
-_LARGEST_RATIO = 1e18
 
 
 class ReLoBRaLoState(NamedTuple):
@@ -43,9 +41,7 @@ def _balance_since(
     before: Losses, losses: Losses, temperature: Any, mask: TaskMask
 ) -> Array:
     """``T softmax(L / (tau L(before)))``; from a loss of 0 nothing has changed."""
-    safe = jnp.where(before == 0, 1, before)
-    ratio = jnp.clip(losses / safe, -_LARGEST_RATIO, _LARGEST_RATIO)
-    ratio = jnp.where(before == 0, 1, ratio)
+    ratio = ratio_or_one(losses, before)
     shares = jax.nn.softmax(ratio / temperature, where=mask)
     return jnp.sum(mask.astype(losses.dtype)) * shares
 

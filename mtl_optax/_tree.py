@@ -351,9 +351,14 @@ def on_every_device(x: Array) -> Array:
     return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
+def has_explicit_mesh(aval: Any) -> bool:
+    """Whether the type says how its axes lie on a mesh."""
+    return AxisType.Explicit in aval.sharding.mesh.axis_types
+
+
 def _explicit_mesh(x: Array) -> Any | None:
-    mesh = jax.typeof(x).sharding.mesh
-    return mesh if AxisType.Explicit in mesh.axis_types else None
+    aval = jax.typeof(x)
+    return aval.sharding.mesh if has_explicit_mesh(aval) else None
 
 
 def task_axis_like(x: Array, other: Array) -> Array:

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 import mtl_optax as mtl
 from mtl_optax import _tree
-from mtl_optax.jacobian import _layers, _operators
+from mtl_optax.jacobian import _layers, _layerwise, _operators, _segments
 
 TASKS = 3
 WEIGHTS = np.array([0.7, -1.3, 0.4], np.float32)
@@ -2423,6 +2423,85 @@ def test_tasks_batched_as_on_an_accelerator(name, monkeypatch):
         return {kind: quantities(tree, "gramian") for kind, tree in kinds.items()}
 
     assert_all_close(everything(params, batch), rows, tolerance)
+
+
+# Between layers large sweeps take a few tasks at a time: here two, then the third.
+
+
+@pytest.fixture
+def a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(_layerwise, "_LARGE_BYTES", 0)
+    monkeypatch.setattr(_segments, "_TOGETHER", 2)
+
+
+IN_SEGMENTS = """
+    dense weights_repeated sums_over_segments transformer_block tied_embedding
+    lookup_in_a_scan one_jit_for_both_layers weights_inside_and_outside
+    stopped_gradients empty_and_unused_leaves losses_that_are_parameters
+"""
+
+
+@pytest.mark.parametrize("name", fast(IN_SEGMENTS.split()))
+@pytest.mark.usefixtures("a_few_at_a_time")
+def test_a_few_tasks_at_a_time(name):
+    loss_fn, params, batch, rows, tolerance = problem(name)
+
+    @MODELS[name].jit
+    def everything(params, batch):
+        _, lazy = mtl.task_jacobian(loss_fn)(params, batch)
+        layers = MODELS[name].layers
+        kinds = {"plain": lazy} | {
+            way: forced(lazy, params, way, layers) for way in ("kernel", "rows")
+        }
+        return {kind: quantities(tree, "gramian") for kind, tree in kinds.items()}
+
+    assert_all_close(everything(params, batch), rows, tolerance)
+
+
+@pytest.mark.usefixtures("a_few_at_a_time")
+def test_a_few_of_many_tasks():
+    test_any_number_of_tasks(19, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.usefixtures("a_few_at_a_time")
+def test_a_few_at_a_time_inside_transformations(around):
+    test_inside_transformations(around)
+
+
+@pytest.mark.parametrize(
+    "way", ["kernel", pytest.param("rows", marks=pytest.mark.slow)]
+)
+@pytest.mark.usefixtures("a_few_at_a_time")
+def test_a_few_at_a_time_differentiates(way):
+    test_the_gramian_differentiates(way)
+
+
+def test_large_cotangents_are_held_once():
+    tasks, width, examples = 40, 1024, 32
+
+    def loss_fn(p, x):
+        for w in p["layers"]:
+            x = jnp.tanh(x @ w)
+        return jnp.mean((x @ p["heads"]) ** 2, 0)
+
+    layers = [normal((width, width), k, width**-0.5) for k in range(4)]
+    params = {"heads": normal((width, tasks), 9), "layers": layers}
+    x = normal((examples, width), 10)
+
+    def bytes_of(function):
+        compiled = jax.jit(function).lower(params).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def balanced(params):
+        _, lazy = mtl.task_jacobian(loss_fn)(params, x)
+        return mtl.weighted_sum(jnp.diag(mtl.gramian(lazy)), lazy)
+
+    plain = bytes_of(jax.grad(lambda p: jnp.sum(loss_fn(p, x))))
+    activations = x.size * x.dtype.itemsize
+    assert tasks * activations >= _layerwise._LARGE_BYTES
+    assert bytes_of(balanced) < 2 * plain + 1.5 * tasks * activations
 
 
 # ------------------------------------------------------------------------- in 64 bits

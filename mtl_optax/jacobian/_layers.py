@@ -215,6 +215,8 @@ def _rows(x: Array, d: Array) -> Float[Array, "tasks pieces outputs inputs"]:
 
 def late_zero(x: Array) -> Float[Array, ""]:
     """A zero that XLA can't know before `x`, to order what would not wait for it."""
+    if x.size == 0:
+        return jnp.zeros((), x.dtype)
     first = x[(0,) * x.ndim]
     never = first < -jnp.finfo(first.dtype).max / 2
     return jnp.where(never, first, jnp.zeros((), first.dtype))

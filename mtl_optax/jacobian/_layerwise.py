@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mtl_optax._tree import accumulator, inner_products, mix_rows
+from mtl_optax._tree import (
+    accumulator,
+    has_explicit_mesh,
+    inner_products,
+    mix_rows,
+    varies_over,
+)
 from mtl_optax.jacobian._layers import (
     digest,
     digested_gramian,
@@ -25,6 +31,8 @@ from mtl_optax.jacobian._layers import (
 )
 from mtl_optax.jacobian._plan import LeafPlan, layer_way
 from mtl_optax.jacobian._probes import Inputs, run_probed, zero_probes
+from mtl_optax.jacobian._segments import mark, run_segments
+from mtl_optax.jacobian._trace import CALLS, open_jaxpr
 from mtl_optax.jacobian._uses import Place, View
 
 # One array a plan, tasks first; None for a leaf that no loss reads.
@@ -53,12 +61,15 @@ class Layers(NamedTuple):
       params: all parameters.
       inputs: of the probed layers.
       pullback: ``cotangent [T] -> Sweep`` of that one.
+      marked: plans of layers that `run_segments` stops at; their shares of the Gramian
+        are no part of the sweep of one.
     """
 
     plans: tuple[LeafPlan, ...]
     params: Sequence[Array]
     inputs: Inputs
     pullback: Callable[[Array], Sweep]
+    marked: tuple[LeafPlan, ...]
 
 
 def run_layers(
@@ -79,6 +90,7 @@ def run_layers(
     """
     tapped = [p for p in plans if taps is not None and _can_tap(p)]
     places = {plan.uses[0].place for plan in tapped}
+    marked = tuple(tapped) if _are_marked(closed_jaxpr, tapped, taps) else ()
     uses = [use for plan in plans for use in plan.uses]
     direct = {plan.leaf: params[plan.leaf] for plan in plans if plan.way == "direct"}
 
@@ -86,27 +98,46 @@ def run_layers(
         direct: dict[int, Array], probes: dict[Place, Array], row: Array
     ) -> tuple[Array, Inputs]:
         merged = [direct.get(leaf, param) for leaf, param in enumerate(params)]
-        made = {plan.uses[0].place: _tap(plan, row) for plan in tapped}
+        made = {
+            plan.uses[0].place: _marked(number, row) if marked else _tap(plan, row)
+            for number, plan in enumerate(tapped)
+        }
         (vector,), inputs = run_probed(closed_jaxpr, merged, uses, probes, made)
         return vector, inputs
 
     probes = zero_probes([use for use in uses if use.place not in places])
     dtype = accumulator(*(params[plan.leaf] for plan in plans))
     row = jnp.zeros((0 if taps is None else taps,), dtype)
-    _, vjp, inputs = jax.vjp(losses, direct, probes, row, has_aux=True)
+
+    def run() -> tuple[Callable[[Array], Any], Inputs]:
+        _, vjp, inputs = jax.vjp(losses, direct, probes, row, has_aux=True)
+        return vjp, inputs
+
+    vjp, inputs = run()
 
     def pullback(cotangent: Array) -> Sweep:
-        rows, cotangents, gram = vjp(cotangent)
+        # Marked layers are swept with a forward pass of their own: XLA merges the two,
+        # and what is cheap of it need not be kept until then.
+        rows, cotangents, gram = (run()[0] if marked else vjp)(cotangent)
         return Sweep(cotangents, rows, gram)
 
     probed = tuple(plan for plan in plans if plan not in tapped)
-    return Layers(probed, params, inputs, pullback)
+    return Layers(probed, params, inputs, pullback, marked)
 
 
 def sweep_layers(layers: Layers, cotangents: Array) -> Sweep:
     """Sweeps all cotangents at once."""
-    sweep: Sweep = jax.vmap(layers.pullback, axis_name=_TASKS)(cotangents)
-    return sweep
+    if not layers.marked:
+        sweep: Sweep = jax.vmap(layers.pullback, axis_name=_TASKS)(cotangents)
+        return sweep
+    shares = []
+
+    def meet(layer: int, all_tasks: Array, inputs: list[Array]) -> Array:
+        shares.append(_share(layers.marked[layer], all_tasks, inputs))
+        return late_zero(shares[-1])
+
+    sweep = run_segments(layers.pullback, cotangents, meet)
+    return sweep._replace(gram=sum(shares, sweep.gram))
 
 
 # The task axis has a name inside a sweep, by which taps see all cotangents.
@@ -120,9 +151,6 @@ def _can_tap(plan: LeafPlan) -> bool:
 
 def _tap(plan: LeafPlan, row: Array) -> Callable[[Array, list[Array]], Array]:
     """Gives a layer's output back, and sends its share of the Gramian to `row`."""
-    # Inside the rounds of its loops there are none.
-    views = tuple(step for step in plan.uses[0].steps if isinstance(step, View))
-    uses = [plan.uses[0]._replace(steps=views)]
 
     @jax.custom_vjp
     def tap(output: Array, inputs: list[Array], row: Array) -> Array:
@@ -135,8 +163,7 @@ def _tap(plan: LeafPlan, row: Array) -> Callable[[Array, list[Array]], Array]:
     def backward(saved: Any, cotangent: Array) -> tuple[Array, None, Array]:
         inputs, row = saved
         all_tasks = lax.all_gather(cotangent, _TASKS)
-        digests = digest(layer_way(plan), uses, [inputs], [all_tasks])
-        gram = digested_gramian(layer_way(plan), uses, [inputs], digests, digests)
+        gram = _share(plan, all_tasks, inputs)
         # The cotangent waits for the share, lest XLA go on with it first and keep the
         # cotangents of all layers.
         wait = late_zero(gram)
@@ -145,6 +172,65 @@ def _tap(plan: LeafPlan, row: Array) -> Callable[[Array, list[Array]], Array]:
 
     tap.defvjp(forward, backward)
     return lambda output, inputs: tap(output, inputs, row)
+
+
+def _share(plan: LeafPlan, cotangents: Array, inputs: list[Array]) -> Array:
+    """A tapped layer's share of the Gramian, from inside the rounds of its loops."""
+    views = tuple(step for step in plan.uses[0].steps if isinstance(step, View))
+    uses = [plan.uses[0]._replace(steps=views)]
+    digests = digest(layer_way(plan), uses, [inputs], [cotangents])
+    return digested_gramian(layer_way(plan), uses, [inputs], digests, digests)
+
+
+def _marked(layer: int, row: Array) -> Callable[[Array, list[Array]], Array]:
+    """Gives a layer's output back, and marks its cotangent."""
+
+    @jax.custom_vjp
+    def tap(output: Array, inputs: list[Array], row: Array) -> Array:
+        del inputs, row
+        return output
+
+    def forward(output: Array, inputs: list[Array], row: Array) -> tuple[Array, Any]:
+        return output, (inputs, row)
+
+    def backward(saved: Any, cotangent: Array) -> tuple[Array, None, Array]:
+        inputs, row = saved
+        cotangent, row = mark(cotangent, row, inputs, layer)
+        return cotangent, None, row
+
+    tap.defvjp(forward, backward)
+    return lambda output, inputs: tap(output, inputs, row)
+
+
+# From this size on, cotangents of all tasks at one layer are not held several times. On
+# accelerators, which loops over a few tasks may leave idle, that is not calibrated.
+_LARGE_BYTES = 4 * 2**20
+_LARGE_BYTES_ELSEWHERE = 256 * 2**20
+
+
+def _are_marked(
+    closed_jaxpr: Any, tapped: Sequence[LeafPlan], count: int | None
+) -> bool:
+    """Whether tasks are swept a few at a time between the tapped layers."""
+    if count is None or not tapped:
+        return False
+    outputs = [plan.uses[0].eqn.outvars[0].aval for plan in tapped]
+    largest = count * max(aval.size * aval.dtype.itemsize for aval in outputs)
+    on_cpu = jax.default_backend() == "cpu"
+    return largest >= (_LARGE_BYTES if on_cpu else _LARGE_BYTES_ELSEWHERE) and all(
+        _is_in_the_open(closed_jaxpr, plan.uses[0].place) for plan in tapped
+    )
+
+
+def _is_in_the_open(closed_jaxpr: Any, place: Place) -> bool:
+    """Whether an equation is in no loop and no `remat`, nor split by its type."""
+    eqn = open_jaxpr(closed_jaxpr).eqns[place[0]]
+    if len(place) == 1:
+        aval = eqn.outvars[0].aval
+        return not (varies_over(aval) or has_explicit_mesh(aval))
+    return eqn.primitive.name in CALLS and _is_in_the_open(
+        eqn.params["jaxpr"], place[1:]
+    )
 
 
 def digest_sweep(layers: Layers, sweep: Sweep) -> Digests:

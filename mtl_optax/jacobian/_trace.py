@@ -140,6 +140,12 @@ def _inner(eqn: Any) -> Iterator[Any]:
                 yield inner
 
 
+def names_inside(eqn: Any) -> set[str]:
+    """Of an equation and of all that it holds."""
+    inside = (each for inner in _inner(eqn) for each in _walk(inner))
+    return {eqn.primitive.name, *(each.primitive.name for each in inside)}
+
+
 def _walk(jaxpr: Any) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
         yield eqn

@@ -2479,7 +2479,7 @@ def test_a_few_at_a_time_differentiates(way):
 
 
 def test_large_cotangents_are_held_once():
-    tasks, width, examples = 40, 1024, 32
+    tasks, width, examples = 40, 1024, 64
 
     def loss_fn(p, x):
         for w in p["layers"]:

@@ -129,7 +129,7 @@ def test_law_3_masked_and_in_low_precision(method, form):
 # -------------------------------------------------------------------------- law 4
 
 
-@each(METHODS, law=4)
+@each(METHODS, law=4, fast=laws.one_of_each_kind())
 def test_law_4_one_task_is_plain_training(method):
     laws.check_one_task(method)
 
@@ -320,7 +320,7 @@ def test_law_11_wrong_arguments(method):
 # ------------------------------------------------------------------------- law 12
 
 
-@every
+@every_kind
 def test_law_12_masked_is_absent(method):
     laws.check_absent(method)
 

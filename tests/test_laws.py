@@ -105,7 +105,14 @@ def form_name(form):
     return f"{form.losses} {jnp.dtype(form.dtype).name}{masked}"
 
 
-@pytest.mark.parametrize("form", OTHER_FORMS, ids=form_name)
+@pytest.mark.parametrize(
+    "form",
+    [
+        form if form.losses != "array" else pytest.param(form, marks=pytest.mark.slow)
+        for form in OTHER_FORMS
+    ],
+    ids=form_name,
+)
 @each(laws.one_of_each_kind(), fast=laws.one_of_each_sort())
 def test_law_3_whatever_the_losses(method, form):
     laws.check_lazy(method, form)

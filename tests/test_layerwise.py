@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 import mtl_optax as mtl
 from mtl_optax import _tree
-from mtl_optax.jacobian import _layers, _layerwise, _operators, _segments
+from mtl_optax.jacobian import _chunks, _layers, _layerwise, _operators
 
 TASKS = 3
 WEIGHTS = np.array([0.7, -1.3, 0.4], np.float32)
@@ -2442,7 +2442,7 @@ def test_tasks_batched_as_on_an_accelerator(name, monkeypatch):
 @pytest.fixture
 def a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(_layerwise, "_LARGE_BYTES", 0)
-    monkeypatch.setattr(_segments, "_TOGETHER", 2)
+    monkeypatch.setattr(_chunks, "TOGETHER", 2)
 
 
 IN_SEGMENTS = """

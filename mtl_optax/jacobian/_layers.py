@@ -23,15 +23,13 @@ from jaxtyping import Array, Float
 
 from mtl_optax._tree import HIGHEST, accumulator, inner_products
 from mtl_optax._types import DType
+from mtl_optax.jacobian._chunks import TOGETHER, a_few_at_a_time, late_zero
 from mtl_optax.jacobian._trace import call_equation
 from mtl_optax.jacobian._uses import Use, dot_roles
 
 # How the inner products of a layer are taken, from what its probes give.
 LayerWay: TypeAlias = Literal["kernel", "rows", "lookup"]
 
-
-# Tasks that a product takes at a time.
-_TOGETHER = 8
 
 # More tasks than these take them in a loop, lest the program grow with their number.
 _UNROLLED = 32
@@ -142,20 +140,20 @@ def digested_gramian(
 
     # A few tasks at a time: all would take as much memory as their cotangents again.
     count = right.shape[0]
-    whole = count // _TOGETHER * _TOGETHER
+    whole = count // TOGETHER * TOGETHER
     if count <= _UNROLLED:
-        starts = range(0, count, _TOGETHER)
-        parts = [columns(right[first : first + _TOGETHER]) for first in starts]
+        starts = range(0, count, TOGETHER)
+        parts = [columns(right[first : first + TOGETHER]) for first in starts]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
 
     def put(chunk: Array, gram: Array) -> Array:
-        first = chunk * _TOGETHER
-        some = columns(lax.dynamic_slice_in_dim(right, first, _TOGETHER))
+        first = chunk * TOGETHER
+        some = columns(lax.dynamic_slice_in_dim(right, first, TOGETHER))
         return lax.dynamic_update_slice_in_dim(gram, some, first, 1)
 
     zeros = [late_zero(x).astype(dtype) for x in (kernel, left, right)]
     gram: Array = jnp.broadcast_to(sum(zeros), (left.shape[0], count))
-    gram = lax.fori_loop(0, whole // _TOGETHER, put, gram)
+    gram = lax.fori_loop(0, whole // TOGETHER, put, gram)
     return gram if whole == count else gram.at[:, whole:].set(columns(right[whole:]))
 
 
@@ -195,31 +193,11 @@ def _rows(x: Array, d: Array) -> Float[Array, "tasks pieces outputs inputs"]:
     def of(some: Array) -> Array:
         return jax.vmap(lambda one: _dot(one, x, axes, dtype))(some)
 
-    count = d.shape[0]
-    if count <= _TOGETHER or jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu":
         return of(d)
     # On CPU such a product copies its cotangents first, so it takes a few at a time.
-    # Without the late zero there would be room for the results of all layers at once.
-    whole = count // _TOGETHER * _TOGETHER
-    shape = (count, d.shape[1], d.shape[3], x.shape[2])
-    room = jnp.broadcast_to(late_zero(d).astype(dtype), shape)
-
-    def put(chunk: Array, rows: Array) -> Array:
-        first = chunk * _TOGETHER
-        some = lax.dynamic_slice_in_dim(d, first, _TOGETHER)
-        return lax.dynamic_update_slice_in_dim(rows, of(some), first, 0)
-
-    rows: Array = lax.fori_loop(0, whole // _TOGETHER, put, room)
-    return rows.at[whole:].set(of(d[whole:])) if whole < count else rows
-
-
-def late_zero(x: Array) -> Float[Array, ""]:
-    """A zero that XLA can't know before `x`, to order what would not wait for it."""
-    if x.size == 0:
-        return jnp.zeros((), x.dtype)
-    first = x[(0,) * x.ndim]
-    never = first < -jnp.finfo(first.dtype).max / 2
-    return jnp.where(never, first, jnp.zeros((), first.dtype))
+    (rows,) = a_few_at_a_time(lambda some: [of(some[0])], [d])
+    return rows
 
 
 def _dot(a: Array, b: Array, axes: Any, dtype: DType) -> Array:

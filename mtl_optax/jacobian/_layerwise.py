@@ -23,14 +23,14 @@ from mtl_optax._tree import (
     mix_rows,
     varies_over,
 )
+from mtl_optax.jacobian._chunks import late_zero
 from mtl_optax.jacobian._layers import (
     digest,
     digested_gramian,
-    late_zero,
     weight_gradient,
 )
 from mtl_optax.jacobian._plan import LeafPlan, layer_way
-from mtl_optax.jacobian._probes import Inputs, run_probed, zero_probes
+from mtl_optax.jacobian._probes import Inputs, Tap, run_probed, zero_probes
 from mtl_optax.jacobian._segments import mark, run_segments
 from mtl_optax.jacobian._trace import CALLS, open_jaxpr
 from mtl_optax.jacobian._uses import Place, View
@@ -149,8 +149,32 @@ def _can_tap(plan: LeafPlan) -> bool:
     return len(plan.uses) == 1 and all(loop.sliced for loop in plan.uses[0].loops)
 
 
-def _tap(plan: LeafPlan, row: Array) -> Callable[[Array, list[Array]], Array]:
+def _tap(plan: LeafPlan, row: Array) -> Tap:
     """Gives a layer's output back, and sends its share of the Gramian to `row`."""
+
+    def back(cotangent: Array, row: Array, inputs: list[Array]) -> tuple[Array, Array]:
+        all_tasks = lax.all_gather(cotangent, _TASKS)
+        gram = _share(plan, all_tasks, inputs)
+        # The cotangent waits for the share, lest XLA go on with it first and keep the
+        # cotangents of all layers.
+        wait = late_zero(gram)
+        own = gram[lax.axis_index(_TASKS)].astype(row.dtype)
+        return cotangent + wait.astype(cotangent.dtype), own
+
+    return _on_the_way_back(back, row)
+
+
+def _marked(layer: int, row: Array) -> Tap:
+    """Gives a layer's output back, and marks its cotangent."""
+    return _on_the_way_back(
+        lambda cotangent, row, inputs: mark(cotangent, row, inputs, layer), row
+    )
+
+
+def _on_the_way_back(
+    back: Callable[[Array, Array, list[Array]], tuple[Array, Array]], row: Array
+) -> Tap:
+    """A tap whose ``back(cotangent, row, inputs)`` gives those of output and row."""
 
     @jax.custom_vjp
     def tap(output: Array, inputs: list[Array], row: Array) -> Array:
@@ -162,13 +186,8 @@ def _tap(plan: LeafPlan, row: Array) -> Callable[[Array, list[Array]], Array]:
 
     def backward(saved: Any, cotangent: Array) -> tuple[Array, None, Array]:
         inputs, row = saved
-        all_tasks = lax.all_gather(cotangent, _TASKS)
-        gram = _share(plan, all_tasks, inputs)
-        # The cotangent waits for the share, lest XLA go on with it first and keep the
-        # cotangents of all layers.
-        wait = late_zero(gram)
-        own = gram[lax.axis_index(_TASKS)].astype(row.dtype)
-        return cotangent + wait.astype(cotangent.dtype), None, own
+        cotangent, row = back(cotangent, row, inputs)
+        return cotangent, None, row
 
     tap.defvjp(forward, backward)
     return lambda output, inputs: tap(output, inputs, row)
@@ -180,26 +199,6 @@ def _share(plan: LeafPlan, cotangents: Array, inputs: list[Array]) -> Array:
     uses = [plan.uses[0]._replace(steps=views)]
     digests = digest(layer_way(plan), uses, [inputs], [cotangents])
     return digested_gramian(layer_way(plan), uses, [inputs], digests, digests)
-
-
-def _marked(layer: int, row: Array) -> Callable[[Array, list[Array]], Array]:
-    """Gives a layer's output back, and marks its cotangent."""
-
-    @jax.custom_vjp
-    def tap(output: Array, inputs: list[Array], row: Array) -> Array:
-        del inputs, row
-        return output
-
-    def forward(output: Array, inputs: list[Array], row: Array) -> tuple[Array, Any]:
-        return output, (inputs, row)
-
-    def backward(saved: Any, cotangent: Array) -> tuple[Array, None, Array]:
-        inputs, row = saved
-        cotangent, row = mark(cotangent, row, inputs, layer)
-        return cotangent, None, row
-
-    tap.defvjp(forward, backward)
-    return lambda output, inputs: tap(output, inputs, row)
 
 
 # From this size on, cotangents of all tasks at one layer are not held several times:

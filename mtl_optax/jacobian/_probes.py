@@ -29,8 +29,9 @@ from mtl_optax.jacobian._uses import Place, Use
 Probes: TypeAlias = Mapping[Place, Array]
 Inputs: TypeAlias = dict[Place, list[Array]]
 
-# By place: from a layer's output and what else its equation reads to the same output.
-Taps: TypeAlias = Mapping[Place, Callable[[Array, list[Array]], Array]]
+# From a layer's output and what else its equation reads to the same output; by place.
+Tap: TypeAlias = Callable[[Array, list[Array]], Array]
+Taps: TypeAlias = Mapping[Place, Tap]
 
 
 def zero_probes(uses: Sequence[Use]) -> dict[Place, Array]:

@@ -11,15 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import Literal, Primitive
 from jaxtyping import Array, Float, PyTree
 
-from mtl_optax.jacobian._layers import late_zero
+from mtl_optax.jacobian._chunks import a_few_at_a_time
 from mtl_optax.jacobian._trace import CALLS, call_equation, names_inside, open_jaxpr
-
-# Tasks that are run at a time.
-_TOGETHER = 8
 
 # ``mark(cotangent, thread, *inputs, layer=k) -> cotangent, thread``
 _mark = Primitive("mtl_optax_mark")
@@ -27,13 +23,13 @@ _mark.multiple_results = True
 _mark.def_abstract_eval(lambda cotangent, thread, *inputs, layer: [cotangent, thread])
 
 # What is cheap enough to be computed anew for each segment that reads it.
-_CHEAP = """
+_CHEAP_NAMES = """
     abs add and broadcast_in_dim ceil clamp convert_element_type copy copy_p cos div
     eq erf exp exp2 expand_dims expm1 floor ge gt integer_pow is_finite le log log1p
     logistic lt max min mul ne neg not or pow reshape round rsqrt select_n sign sin
     sqrt square squeeze stop_gradient sub tanh transpose xor
 """
-_CHEAP_NAMES = frozenset(_CHEAP.split())
+_CHEAP = frozenset(_CHEAP_NAMES.split())
 # Plain training keeps what they multiply, for the gradients of their weights.
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 # These take all tasks at once: in a loop a convolution is slow on CPU, and another loop
@@ -176,7 +172,7 @@ def _is_cheap(eqn: Any) -> bool:
     name = eqn.primitive.name
     if name in CALLS:
         return all(_is_cheap(inner) for inner in open_jaxpr(eqn.params["jaxpr"]).eqns)
-    return name in _CHEAP_NAMES
+    return name in _CHEAP
 
 
 def _is_real(value: Any) -> bool:
@@ -222,47 +218,5 @@ def _run_segment(
         results = of_all(own)
     else:
         free = [number for number, var in enumerate(given) if var in done]
-        results = _a_few_at_a_time(of_all, own, free)
+        results = a_few_at_a_time(of_all, own, free)
     return dict(zip(left, results, strict=True))
-
-
-def _a_few_at_a_time(
-    function: Callable[[list[Array]], list[Array]],
-    rows: Sequence[Array],
-    free: Sequence[int],
-) -> list[Array]:
-    """``function(rows)``; results may take the room of the rows numbered in `free`."""
-    count = rows[0].shape[0]
-    if count <= _TOGETHER:
-        return function(list(rows))
-    whole = count // _TOGETHER * _TOGETHER
-    shapes = jax.eval_shape(function, [row[:_TOGETHER] for row in rows])
-    # Without a late zero XLA makes room for the results of all segments at once.
-    zero = late_zero(rows[0])
-    room: list[Array] = []
-    place: dict[int, int] = {}  # of rows among the results
-    for number, x in enumerate(shapes):
-        shape = (count, *x.shape[1:])
-        like = [k for k in free if k not in place and rows[k].shape == shape]
-        like = [k for k in like if rows[k].dtype == x.dtype]
-        if like:
-            place[like[0]] = number
-            room.append(rows[like[0]])
-        else:
-            room.append(jnp.broadcast_to(zero.astype(x.dtype), shape))
-
-    def put(filled: list[Array], first: Any, size: int) -> list[Array]:
-        now = [filled[place[k]] if k in place else row for k, row in enumerate(rows)]
-        some = [lax.dynamic_slice_in_dim(row, first, size) for row in now]
-        return [
-            lax.dynamic_update_slice_in_dim(x, new, first, 0)
-            for x, new in zip(filled, function(some), strict=True)
-        ]
-
-    filled: list[Array] = lax.fori_loop(
-        0,
-        whole // _TOGETHER,
-        lambda chunk, filled: put(filled, chunk * _TOGETHER, _TOGETHER),
-        room,
-    )
-    return filled if whole == count else put(filled, whole, count - whole)

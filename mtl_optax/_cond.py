@@ -1,8 +1,9 @@
-"""A `lax.cond` that stays one under `jax.vmap`."""
+"""Arithmetic that is done only where it is due, also under `jax.vmap`."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
@@ -25,6 +26,26 @@ def cond_when_any(due: Array, make: Callable[[], T], kept: T) -> T:
         return select(due, make(), kept)
 
     return lax.cond(_any_member(due), made, lambda: kept)
+
+
+def anew_if(
+    due: Array, make: Callable[[Array], Array], basis: Array, kept: Array
+) -> Array:
+    """``make(basis)`` where it is due, else what is kept; for a second Gramian.
+
+    A loop of zero or one turns: a `lax.cond` would copy the stacked gradients into its
+    branch, doubling the memory of the step.
+    """
+
+    def anew(turn: Array, _: Array) -> Array:
+        # Depends on the turn, or XLA would hoist it out of the loop and always run it.
+        return make(jnp.where(turn == 0, basis, jnp.zeros((), basis.dtype)))
+
+    turns = due.astype(jnp.int32)
+    if isinstance(turns, jax.core.Tracer):
+        return lax.fori_loop(0, turns, anew, kept)
+    # Not traced: a loop would compile anew at every call.
+    return anew(turns - 1, kept) if turns else kept
 
 
 @custom_vmap

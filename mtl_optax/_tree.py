@@ -26,9 +26,11 @@ from mtl_optax._types import (
 
 HIGHEST = lax.Precision.HIGHEST
 
-# XLA's CPU back end is 7-10x slower on one dot over a long axis than on a loop over
-# blocks of about this many columns.
-_BLOCK = 4096
+# XLA's CPU back end is 5-8x slower on one dot over a long axis than on a loop over
+# blocks of about this many columns; of fewer, where many rows would fill the caches.
+_BLOCK = 16_384
+_SMALLEST_BLOCK = 4096
+_BLOCK_NUMBERS = 2**20
 
 
 _REFUSAL = (
@@ -420,14 +422,16 @@ def _leaf_gramian_blocked(x: Array, basis: Basis | None) -> Array:
 def _in_blocks(arrays: Sequence[Array], product: Callable[..., Array]) -> Array:
     """Sums a product of ``[rows, *shape]`` arrays over blocks of their columns."""
     flat = [x.reshape(x.shape[0], -1) for x in arrays]
-    whole = flat[0].shape[1] // _BLOCK
+    most = max(x.shape[0] for x in flat)
+    block = min(_BLOCK, max(_SMALLEST_BLOCK, _BLOCK_NUMBERS // max(most, 1)))
+    whole = flat[0].shape[1] // block
     if whole < 2:
         return product(*flat)
-    head = whole * _BLOCK
+    head = whole * block
 
     def add_block(i: Array, total: Array) -> Array:
-        start = (jnp.zeros((), i.dtype), i * _BLOCK)
-        blocks = [lax.dynamic_slice(x, start, (x.shape[0], _BLOCK)) for x in flat]
+        start = (jnp.zeros((), i.dtype), i * block)
+        blocks = [lax.dynamic_slice(x, start, (x.shape[0], block)) for x in flat]
         return total + product(*blocks)
 
     tail = product(*[x[:, head:] for x in flat])

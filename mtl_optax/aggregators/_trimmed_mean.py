@@ -14,8 +14,9 @@ from jaxtyping import Array
 
 from mtl_optax._arguments import check_count, check_num_tasks
 from mtl_optax._transform import Combiner, LengthScale, from_aggregator
-from mtl_optax._tree import choose_rows, weighted_sum, whole_task_axis
+from mtl_optax._tree import accumulator, choose_rows, flatten, whole_task_axis
 from mtl_optax._types import Aggregator, Params, TaskGradients, TaskMask, Updates
+from mtl_optax.solvers import sorted_rows
 
 
 def _middle(task_mask: TaskMask, trim_number: int) -> tuple[TaskMask, Array]:
@@ -88,17 +89,23 @@ def trimmed_mean(
     ) -> tuple[Updates, tuple[()]]:
         del params, extra
         counted, number = _middle(task_mask, trim_number)
-        weights = 1 / jnp.maximum(number, 1).astype(float)  # float64 where enabled
+        share = 1 / jnp.maximum(number, 1).astype(float)  # float64 where enabled
+        leaves, treedef = flatten(rows)
+        # Absent tasks come last, and so do not count.
+        last = [
+            choose_rows(task_mask, whole_task_axis(g), jnp.array(jnp.inf, g.dtype))
+            for g in leaves
+        ]
 
-        def ordered(g: Array) -> Array:
-            g = whole_task_axis(g)
-            return jnp.sort(choose_rows(task_mask, g, jnp.array(jnp.inf, g.dtype)), 0)
+        def mean(g: list[Array]) -> Array:
+            dtype = accumulator(g[0])
+            middle = [
+                jnp.where(counts, row.astype(dtype), jnp.zeros((), dtype))
+                for counts, row in zip(counted, g, strict=True)
+            ]
+            return (sum(middle[1:], middle[0]) * share.astype(dtype)).astype(g[0].dtype)
 
-        return weighted_sum(
-            jnp.broadcast_to(weights, (num_tasks,)),
-            jax.tree.map(ordered, rows),
-            task_mask=counted,
-        ), state
+        return jax.tree.unflatten(treedef, map(mean, sorted_rows(last))), state
 
     return from_aggregator(
         Aggregator(init, update), num_tasks, scale=scale, axis_name=axis_name

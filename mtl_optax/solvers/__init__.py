@@ -19,6 +19,7 @@ from mtl_optax.solvers._positive_root import positive_root
 from mtl_optax.solvers._simplex_norm import simplex_norm
 from mtl_optax.solvers._simplex_projection import simplex_projection
 from mtl_optax.solvers._simplex_qp import SolverInfo, simplex_qp
+from mtl_optax.solvers._sorted_rows import sorted_rows
 from mtl_optax.solvers._unit_rows import UnitRows, unit_rows
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "simplex_norm",
     "simplex_projection",
     "simplex_qp",
+    "sorted_rows",
     "unit_rows",
 ]

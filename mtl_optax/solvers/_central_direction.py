@@ -10,11 +10,10 @@ length and u_t = g_t / n_t the direction of a task gradient:
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from mtl_optax._cond import anew_if
 from mtl_optax._tree import HIGHEST
 from mtl_optax._types import Gramian, TaskMask, Weights
 from mtl_optax.solvers._simplex_qp import simplex_qp
@@ -86,19 +85,12 @@ def central_direction(
     basis = jnp.concatenate([share[None], centred])
     near = jnp.all(jnp.where(pairs, cosines, one) > _NEARLY_PARALLEL)
 
-    def anew(turn: Array, _: Array) -> Array:
-        # Depends on the turn, or XLA would hoist it out of the loop and always run it.
-        return gramian_in_basis(jnp.where(turn == 0, basis * inverse, zero))
-
-    # A loop of zero or one turns: a `cond` would copy the stacked gradients into its
-    # branch, doubling the memory of the step.
-    turns = (near & (count > 1)).astype(jnp.int32)
-    extended = _quadratic(basis, cosines)
-    if isinstance(turns, jax.core.Tracer):
-        extended = lax.fori_loop(0, turns, anew, extended)
-    elif turns:  # not traced: a loop would compile anew at every call
-        extended = anew(turns - 1, extended)
-
+    extended = anew_if(
+        near & (count > 1),
+        gramian_in_basis,
+        basis * inverse,
+        _quadratic(basis, cosines),
+    )
     spread = extended[1:, 1:]
     solution, solved = simplex_qp(spread, -jnp.diag(spread) / 2, task_mask=active)
     raw = solution * inverse

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mtl_optax._arguments import check_count, check_num_tasks
+from mtl_optax._cond import anew_if
 from mtl_optax._solved import init_stateless
 from mtl_optax._transform import Combiner, Scale, from_weighting
 from mtl_optax._types import Gramian, TaskMask, Weighting, Weights
@@ -25,6 +26,12 @@ def _square_distances(gramian: Array) -> Array:
     squares = jnp.diag(gramian)
     between = (gramian + gramian.T) / 2
     return jnp.maximum(squares[:, None] + squares[None, :] - 2 * between, 0)
+
+
+def _nearly_equal(gramian: Array, distances: Array) -> Array:
+    """Pairs of rows whose distance has lost a digit beside their lengths."""
+    squares = jnp.diag(gramian)
+    return distances < 0.1 * (squares[:, None] + squares[None, :])
 
 
 def _most_central(distances: Array, others: Array) -> Array:
@@ -68,8 +75,9 @@ def krum(
     Returns:
       a `Combiner`. Losses are not needed. Ties go to the first task; with fewer than
       four present tasks a lone neighbour is counted. Parallel tasks are as any others.
-      It takes two Gramians, the second of differences from the most central task. A
-      worker that sends NaN or infinity: wrap it in `skip_nonfinite_tasks`.
+      Where some gradients nearly agree it takes a second Gramian, of differences from
+      the most central task. A worker that sends NaN or infinity: wrap it in
+      `skip_nonfinite_tasks`.
 
     Raises:
       ValueError: if ``num_selected`` exceeds T, or T is too small.
@@ -111,10 +119,16 @@ def krum(
         others = task_mask[:, None] & task_mask & ~diagonal
         # In float32 a Gramian of the rows has lost the distances of nearly equal ones,
         # and one of differences from the mean loses them where one row is far away.
-        origin = _most_central(_square_distances(gramian), others)
+        distances = _square_distances(gramian)
+        origin = _most_central(distances, others)
         basis = diagonal.astype(dtype) - jax.nn.one_hot(origin, num_tasks, dtype=dtype)
         basis = jnp.where(task_mask[:, None], basis, jnp.zeros((), dtype))
-        distances = _square_distances(gramian_in_basis(basis).astype(dtype))
+        distances = anew_if(
+            jnp.any(others & _nearly_equal(gramian, distances)),
+            lambda basis: _square_distances(gramian_in_basis(basis).astype(dtype)),
+            basis,
+            distances,
+        )
         largest = jnp.max(jnp.where(others, distances, jnp.zeros((), dtype)))
         distances = distances / jnp.where(largest > 0, largest, jnp.ones((), dtype))
         distances = distances if squared else jnp.sqrt(distances)

@@ -23,14 +23,20 @@ from mtl_optax._tree import (
     mix_rows,
     varies_over,
 )
-from mtl_optax.jacobian._chunks import late_zero
+from mtl_optax.jacobian._chunks import late_zero, wait_for
 from mtl_optax.jacobian._layers import (
     digest,
     digested_gramian,
     weight_gradient,
 )
 from mtl_optax.jacobian._plan import LeafPlan, layer_way
-from mtl_optax.jacobian._probes import Inputs, Tap, run_probed, zero_probes
+from mtl_optax.jacobian._probes import (
+    Inputs,
+    Products,
+    Tap,
+    run_probed,
+    zero_probes,
+)
 from mtl_optax.jacobian._segments import mark, run_segments
 from mtl_optax.jacobian._trace import CALLS, open_jaxpr
 from mtl_optax.jacobian._uses import Place, View
@@ -76,6 +82,7 @@ def run_layers(
     closed_jaxpr: Any,
     params: Sequence[Array],
     plans: Sequence[LeafPlan],
+    products: Products,
     *,
     taps: int | None = None,
 ) -> Layers:
@@ -85,12 +92,14 @@ def run_layers(
       closed_jaxpr: the traced losses.
       params: their arguments.
       plans: of the leaves.
+      products: see `run_probed`.
       taps: the number of cotangents that `sweep_layers` will be given, to tap layers
         where that is possible; by default all have probes.
     """
-    tapped = [p for p in plans if taps is not None and _can_tap(p)]
+    tapped = [] if taps is None else _tapped(plans)
     places = {plan.uses[0].place for plan in tapped}
-    marked = tuple(tapped) if _are_marked(closed_jaxpr, tapped, taps) else ()
+    large = taps is not None and sweeps_are_large(closed_jaxpr, plans, taps)
+    marked = tuple(tapped) if large else ()
     uses = [use for plan in plans for use in plan.uses]
     direct = {plan.leaf: params[plan.leaf] for plan in plans if plan.way == "direct"}
 
@@ -102,7 +111,9 @@ def run_layers(
             plan.uses[0].place: _marked(number, row) if marked else _tap(plan, row)
             for number, plan in enumerate(tapped)
         }
-        (vector,), inputs = run_probed(closed_jaxpr, merged, uses, probes, made)
+        (vector, *_), inputs = run_probed(
+            closed_jaxpr, merged, uses, probes, made, products
+        )
         return vector, inputs
 
     probes = zero_probes([use for use in uses if use.place not in places])
@@ -116,8 +127,8 @@ def run_layers(
     vjp, inputs = run()
 
     def pullback(cotangent: Array) -> Sweep:
-        # Marked layers are swept with a forward pass of their own: XLA merges the two,
-        # and what is cheap of it need not be kept until then.
+        # Marked layers are swept with a forward pass of their own, of which what is
+        # cheap need not be kept until then.
         rows, cotangents, gram = (run()[0] if marked else vjp)(cotangent)
         return Sweep(cotangents, rows, gram)
 
@@ -130,14 +141,44 @@ def sweep_layers(layers: Layers, cotangents: Array) -> Sweep:
     if not layers.marked:
         sweep: Sweep = jax.vmap(layers.pullback, axis_name=_TASKS)(cotangents)
         return sweep
-    shares = []
+    total: Array | None = None
 
     def meet(layer: int, all_tasks: Array, inputs: list[Array]) -> Array:
-        shares.append(_share(layers.marked[layer], all_tasks, inputs))
-        return late_zero(shares[-1])
+        nonlocal total
+        if total is not None:
+            # Else what is made of inputs alone would be made, and kept, from the start.
+            inputs = [wait_for(total, x) for x in inputs]
+        share = _share(layers.marked[layer], all_tasks, inputs)
+        total = share if total is None else total + share
+        return late_zero(total)
 
     sweep = run_segments(layers.pullback, cotangents, meet)
-    return sweep._replace(gram=sum(shares, sweep.gram))
+    return sweep._replace(gram=sweep.gram if total is None else sweep.gram + total)
+
+
+def combine_late(
+    closed_jaxpr: Any,
+    params: Sequence[Array],
+    products: Products,
+    cotangent: Float[Array, " tasks"],
+) -> list[Array]:
+    """The gradients of one cotangent that depends on a sweep, keeping little till then.
+
+    The forward pass is made anew but for its products, once the cotangent is known.
+    """
+
+    def gradients(cotangent: Array) -> list[Array]:
+        def losses(params: list[Array]) -> Array:
+            return run_probed(closed_jaxpr, params, (), {}, {}, products)[0][0]
+
+        return list(jax.vjp(losses, list(params))[1](cotangent)[0])
+
+    def nothing(layer: int, cotangents: Array, inputs: list[Array]) -> Array:
+        raise NotImplementedError("no layer is marked.")
+
+    zero = late_zero(cotangent)
+    rows = run_segments(gradients, cotangent[None], nothing, zero=zero)
+    return [row[0] for row in rows]
 
 
 # The task axis has a name inside a sweep, by which taps see all cotangents.
@@ -208,11 +249,14 @@ _LARGE_BYTES = 10_000_000
 _LARGE_BYTES_ELSEWHERE = 256_000_000
 
 
-def _are_marked(
-    closed_jaxpr: Any, tapped: Sequence[LeafPlan], count: int | None
-) -> bool:
+def _tapped(plans: Sequence[LeafPlan]) -> list[LeafPlan]:
+    return [plan for plan in plans if _can_tap(plan)]
+
+
+def sweeps_are_large(closed_jaxpr: Any, plans: Sequence[LeafPlan], count: int) -> bool:
     """Whether tasks are swept a few at a time between the tapped layers."""
-    if count is None or not tapped:
+    tapped = _tapped(plans)
+    if not tapped:
         return False
     outputs = [plan.uses[0].eqn.outvars[0].aval for plan in tapped]
     largest = count * max(aval.size * aval.dtype.itemsize for aval in outputs)

@@ -26,13 +26,16 @@ from mtl_optax._types import Basis, Losses, TaskJacobian, TaskMask, Weights
 from mtl_optax.jacobian._layerwise import (
     Digests,
     Layers,
+    combine_late,
     digest_sweep,
     run_layers,
     sweep_combination,
     sweep_gramian,
     sweep_layers,
+    sweeps_are_large,
 )
 from mtl_optax.jacobian._plan import LeafPlan, plan_leaves
+from mtl_optax.jacobian._probes import Products
 from mtl_optax.jacobian._trace import Traits
 from mtl_optax.jacobian._uses import Found
 
@@ -143,8 +146,12 @@ class JointJacobian(BaseJacobian):
       traced: `function` of the parameters' leaves as a jaxpr.
       traits: what can be read off it.
       found: how it uses each parameter.
+      products: of its forward pass, which others are spared; none where nothing is
+        traced, and they would be computed all the same.
       mode: how the Gramian and rows are taken; None chooses.
       batch_size: how many tasks are swept at once; None for all.
+      late: whether a combination follows a Gramian of sweeps that are large, and so
+        keeps little of the forward pass till then.
     """
 
     function: Callable[[PyTree[Array]], Array]
@@ -152,12 +159,21 @@ class JointJacobian(BaseJacobian):
     traced: Any
     traits: Traits
     found: Found
+    products: Products
     mode: Mode | None = None
     batch_size: int | None = None
+    late: bool = False
 
     @property
     def isolates(self) -> bool:
         return self.single is not None
+
+    def combine(self, weights: Weights) -> list[Array]:
+        if not self.late:
+            return super().combine(weights)
+        unit, cotangent = split_unit(weights, self.losses)
+        grads = combine_late(self.traced, self._params, self.products, cotangent)
+        return scale_tree(unit, [grads[leaf] for leaf in self.leaves])
 
     def stack(self, *, isolated: bool = False) -> list[Array]:
         if isolated and self.single is not None:
@@ -197,7 +213,7 @@ class JointJacobian(BaseJacobian):
             return HeldRows(self, present(self.stack(), task_mask))
         plans = self.plans
         if not self.holds(plans):
-            return self
+            return dataclasses.replace(self, late=self._sweeps_are_large(plans))
         basis = like_losses(jnp.eye(self.num_tasks), self.losses)
         layers, digests = self.sweep(plans, basis)
         return HeldSweep(self, layers, present(digests, task_mask))
@@ -265,7 +281,15 @@ class JointJacobian(BaseJacobian):
         return self.num_tasks <= most and jax.default_backend() == "cpu"
 
     def _layers(self, plans: Sequence[LeafPlan], *, taps: int | None = None) -> Layers:
-        return run_layers(self.traced, self._params, plans, taps=taps)
+        return run_layers(self.traced, self._params, plans, self.products, taps=taps)
+
+    def _sweeps_are_large(self, plans: Sequence[LeafPlan]) -> bool:
+        swept_at_once = self.by_layer and self.batch_size is None and not self._unrolls
+        return (
+            swept_at_once
+            and bool(self.products)
+            and sweeps_are_large(self.traced, plans, self.num_tasks)
+        )
 
     def sweep(
         self, plans: Sequence[LeafPlan], cotangents: Array

@@ -12,14 +12,17 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 from jaxtyping import Array
 
 from mtl_optax.jacobian._trace import (
     CALLS,
+    PRODUCTS,
     REMAT,
     call_equation,
     consts_of,
+    names_inside,
     open_jaxpr,
     scan_layout,
 )
@@ -33,6 +36,9 @@ Inputs: TypeAlias = dict[Place, list[Array]]
 Tap: TypeAlias = Callable[[Array, list[Array]], Array]
 Taps: TypeAlias = Mapping[Place, Tap]
 
+# By place: what equations that are costly gave in another forward pass.
+Products: TypeAlias = Mapping[Place, Array]
+
 
 def zero_probes(uses: Sequence[Use]) -> dict[Place, Array]:
     """A zero for every use's output, of all rounds of the scans that it lies in."""
@@ -42,12 +48,49 @@ def zero_probes(uses: Sequence[Use]) -> dict[Place, Array]:
     }
 
 
+def run_keeping(
+    closed_jaxpr: Any, params: Sequence[Array]
+) -> tuple[list[Array], Products]:
+    """The function's outputs, and what its products gave outside loops and `remat`.
+
+    XLA would merge another forward pass with this one only as long as it rewrites both
+    alike, which it does not where there are layer norms.
+    """
+    products: dict[Place, Array] = {}
+
+    def run(
+        jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], place: Place
+    ) -> list[Any]:
+        known = dict(zip(jaxpr.constvars, consts, strict=True))
+        known |= dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(var: Any) -> Any:
+            return var.val if isinstance(var, Literal) else known[var]
+
+        for number, eqn in enumerate(jaxpr.eqns):
+            here = (*place, number)
+            values = [read(var) for var in eqn.invars]
+            if eqn.primitive.name in CALLS and names_inside(eqn) & PRODUCTS:
+                inner = eqn.params["jaxpr"]
+                outputs = run(open_jaxpr(inner), consts_of(inner), values, here)
+            else:
+                outputs = call_equation(eqn, values)
+            if eqn.primitive.name in PRODUCTS:
+                (products[here],) = outputs
+            known.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    outputs = run(open_jaxpr(closed_jaxpr), consts_of(closed_jaxpr), params, ())
+    return outputs, products
+
+
 def run_probed(
     closed_jaxpr: Any,
     params: Sequence[Array],
     uses: Sequence[Use],
     probes: Probes,
     taps: Taps,
+    products: Products,
 ) -> tuple[list[Array], Inputs]:
     """The function's outputs with probes added, and the inputs of the probed layers.
 
@@ -57,13 +100,15 @@ def run_probed(
       uses: the layers with a probe or a tap.
       probes: of `zero_probes`.
       taps: of the other layers.
+      products: of `run_keeping` at the same arguments, or none; they are not computed
+        again.
 
     Returns:
       the outputs, and for every use the inputs at its positions `others`, with the
       rounds of scans along leading axes.
     """
     sites = {use.place: use for use in uses}
-    probed = _Probed(sites, probes, taps)
+    probed = _Probed(sites, probes, taps, products)
     return _run(open_jaxpr(closed_jaxpr), consts_of(closed_jaxpr), params, (), probed)
 
 
@@ -73,11 +118,17 @@ class _Probed(NamedTuple):
     sites: Mapping[Place, Use]
     probes: Probes
     taps: Taps
+    products: Products
 
     def within(self, place: Place) -> "_Probed":
-        sites = {at: x for at, x in self.sites.items() if at[: len(place)] == place}
-        probes = {at: x for at, x in self.probes.items() if at in sites}
-        return self._replace(sites=sites, probes=probes)
+        def inside(at: Place) -> bool:
+            return at[: len(place)] == place
+
+        return self._replace(
+            sites={at: x for at, x in self.sites.items() if inside(at)},
+            probes={at: x for at, x in self.probes.items() if inside(at)},
+            products={at: x for at, x in self.products.items() if inside(at)},
+        )
 
 
 def _run(
@@ -99,19 +150,48 @@ def _run(
         values = [read(var) for var in eqn.invars]
         within = probed.within(here)
         if here in probed.sites:
-            (output,) = call_equation(eqn, values)
+            output = _output(eqn, values, within.products.get(here))
             others = [values[position] for position in probed.sites[here].others]
             if here in probed.taps:
                 outputs = [probed.taps[here](output, others)]
             else:
                 outputs, inputs[here] = [output + probed.probes[here]], others
-        elif within.sites:
+        elif here in within.products:
+            outputs = [_output(eqn, values, within.products[here])]
+        elif within.sites or within.products:
             outputs, found = _run_call(eqn, values, here, within)
             inputs |= found
         else:
             outputs = call_equation(eqn, values)
         known.update(zip(eqn.outvars, outputs, strict=True))
     return [read(var) for var in jaxpr.outvars], inputs
+
+
+def _output(eqn: Any, values: Sequence[Any], product: Array | None) -> Array:
+    """Of an equation of one output, which may be known but for its derivatives."""
+    if product is None:
+        return jnp.asarray(call_equation(eqn, list(values))[0])
+
+    @jax.custom_jvp
+    def known(product: Array, *values: Any) -> Array:
+        del values
+        return product
+
+    def derivative(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        product, *values = primals
+        own = tangents[1:]
+        moving = [k for k, t in enumerate(own) if not isinstance(t, SymbolicZero)]
+
+        def output(*moved: Any) -> Array:
+            merged = dict(enumerate(values)) | dict(zip(moving, moved, strict=True))
+            return jnp.asarray(call_equation(eqn, list(merged.values()))[0])
+
+        at, along = ([each[k] for k in moving] for each in (values, own))
+        zero = jnp.zeros_like(product)
+        return product, jax.jvp(output, at, along)[1] if moving else zero
+
+    known.defjvp(derivative, symbolic_zeros=True)
+    return known(product, *values)
 
 
 def _run_call(

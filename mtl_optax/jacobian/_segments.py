@@ -15,7 +15,13 @@ from jax.extend.core import Literal, Primitive
 from jaxtyping import Array, Float, PyTree
 
 from mtl_optax.jacobian._chunks import a_few_at_a_time
-from mtl_optax.jacobian._trace import CALLS, call_equation, names_inside, open_jaxpr
+from mtl_optax.jacobian._trace import (
+    CALLS,
+    PRODUCTS,
+    call_equation,
+    names_inside,
+    open_jaxpr,
+)
 
 # ``mark(cotangent, thread, *inputs, layer=k) -> cotangent, thread``
 _mark = Primitive("mtl_optax_mark")
@@ -30,8 +36,6 @@ _CHEAP_NAMES = """
     sqrt square squeeze stop_gradient sub tanh transpose xor
 """
 _CHEAP = frozenset(_CHEAP_NAMES.split())
-# Plain training keeps what they multiply, for the gradients of their weights.
-_PRODUCTS = ("dot_general", "conv_general_dilated")
 # These take all tasks at once: in a loop a convolution is slow on CPU, and another loop
 # has as many more rounds.
 _WHOLE = frozenset({"conv_general_dilated", "scan", "while"})
@@ -53,6 +57,8 @@ def run_segments(
     forward_and_back: Callable[[Array], PyTree[Array]],
     cotangents: Float[Array, "tasks losses"],
     meet: Callable[[int, Array, list[Array]], Array],
+    *,
+    zero: Array | None = None,
 ) -> PyTree[Array]:
     """``jax.vmap(forward_and_back)(cotangents)``, with layers that are marked inside.
 
@@ -62,10 +68,11 @@ def run_segments(
       cotangents: tasks first.
       meet: ``(layer, cotangents of all tasks there, inputs) -> zero``, a scalar that
         whatever follows waits for.
+      zero: what is cheap waits for it from the start.
     """
     traced, shapes = jax.make_jaxpr(forward_and_back, return_shape=True)(cotangents[0])
     jaxpr = traced.jaxpr
-    shared = _Shared(dict(zip(jaxpr.constvars, traced.consts, strict=True)))
+    shared = _Shared(dict(zip(jaxpr.constvars, traced.consts, strict=True)), zero)
     rows = {jaxpr.invars[0]: cotangents}
     zeros: dict[Any, Array] = {}  # what to wait for before rows are used
     last = {v: n for n, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
@@ -116,9 +123,9 @@ class _Shared:
       zero: what to wait for before anything is computed anew.
     """
 
-    def __init__(self, known: dict[Any, Array]) -> None:
+    def __init__(self, known: dict[Any, Array], zero: Array | None) -> None:
         self.known = known
-        self.zero: Array | None = None
+        self.zero = zero
         self._cheap: dict[Any, tuple[int, Any]] = {}  # equations, numbered
         self._forward: dict[Any, Array] = {}  # cheap values of the forward pass itself
 
@@ -129,7 +136,7 @@ class _Shared:
             self._cheap.update(dict.fromkeys(eqn.outvars, numbered))
             return
         values = self._compute(eqn.invars, self._forward, None)
-        if eqn.primitive.name in _PRODUCTS:
+        if eqn.primitive.name in PRODUCTS:
             pairs = zip(eqn.invars, values, strict=True)
             self.known.update((v, x) for v, x in pairs if not isinstance(v, Literal))
         self.known.update(zip(eqn.outvars, call_equation(eqn, values), strict=True))

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from mtl_optax._arguments import check_count
@@ -18,8 +19,9 @@ from mtl_optax.jacobian._losses import (
     split_aux,
 )
 from mtl_optax.jacobian._operators import JointJacobian, Mode, SeparateJacobian
+from mtl_optax.jacobian._probes import Products, run_keeping
 from mtl_optax.jacobian._reductions import sums_go_wrong, with_right_sums
-from mtl_optax.jacobian._trace import read_traits
+from mtl_optax.jacobian._trace import first_output, read_traits
 from mtl_optax.jacobian._uses import find_uses
 
 
@@ -210,22 +212,42 @@ def _joint(
         found["names"], found["separable"] = names, separable
         return vector, aux
 
-    def function(params: PyTree[Array]) -> Array:
-        return vector_and_aux(params)[0]
+    def vector_and_arrays(params: PyTree[Array]) -> tuple[Array, list[Array]]:
+        vector, aux = vector_and_aux(params)
+        leaves, found["aux"] = jax.tree.flatten(aux)
+        # Whatever else an aux holds is none of JAX's business.
+        found["others"] = [None if _is_array(leaf) else leaf for leaf in leaves]
+        return vector, [leaf for leaf in leaves if _is_array(leaf)]
 
     def single(params: PyTree[Array], task: int) -> Array:
         losses, _ = split_aux(call(params, args), has_aux)
         return jax.tree.leaves(losses)[task]
 
-    traced = jax.make_jaxpr(function)(params)
+    everything = jax.make_jaxpr(vector_and_arrays)(params)
+    traced = first_output(everything)
     traits = read_traits(traced)
     check_dependence(traits.depends)
     if sums_go_wrong(traced) and not kept_apart:
         apart = with_right_sums(call)
         return _joint(apart, args, params, has_aux, kept_apart=True)
-    losses, vjp, aux = jax.vjp(vector_and_aux, params, has_aux=True)
+    uses = find_uses(traced)
+    leaves = jax.tree.leaves(params)
+    products: Products = {}
+    if any(uses.uses) and any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+
+        def run(params: PyTree[Array]) -> tuple[Array, Any]:
+            outputs, products = run_keeping(everything, jax.tree.leaves(params))
+            return outputs[0], (outputs[1:], products)
+
+        losses, vjp, (arrays, products) = jax.vjp(run, params, has_aux=True)
+        rest = iter(arrays)
+        aux = jax.tree.unflatten(
+            found["aux"], [next(rest) if x is None else x for x in found["others"]]
+        )
+    else:
+        losses, vjp, aux = jax.vjp(vector_and_aux, params, has_aux=True)
     operator = JointJacobian(
-        function=function,
+        function=lambda params: vector_and_aux(params)[0],
         single=single if found["separable"] else None,
         params=params,
         losses=losses,
@@ -233,10 +255,15 @@ def _joint(
         task_names=found["names"],
         traced=traced,
         traits=traits,
-        found=find_uses(traced),
-        leaves=tuple(range(len(jax.tree.leaves(params)))),
+        found=uses,
+        products=products,
+        leaves=tuple(range(len(leaves))),
     )
     return losses, aux, operator
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def _separate(

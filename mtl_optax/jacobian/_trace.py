@@ -12,6 +12,10 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 REMAT = frozenset({"remat", "remat2", "checkpoint"})
 
+# What costs most of a forward pass. Plain training keeps what they multiply, for the
+# gradients of their weights.
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+
 
 class Traits(NamedTuple):
     """Facts about a traced ``params -> losses [T]`` that decide how to differentiate.
@@ -99,6 +103,19 @@ def call_equation(eqn: Any, values: list[Any]) -> list[Any]:
         invars=list(inputs), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
     )
     return list(jaxpr_as_fun(ClosedJaxpr(alone, ()))(*inputs.values()))
+
+
+def first_output(closed_jaxpr: Any) -> Any:
+    """The same with its first output alone; equations keep their numbers."""
+    jaxpr = open_jaxpr(closed_jaxpr)
+    alone = _EMPTY.replace(
+        constvars=jaxpr.constvars,
+        invars=jaxpr.invars,
+        outvars=jaxpr.outvars[:1],
+        eqns=jaxpr.eqns,
+        effects=jaxpr.effects,
+    )
+    return ClosedJaxpr(alone, consts_of(closed_jaxpr))
 
 
 class ScanLayout(NamedTuple):

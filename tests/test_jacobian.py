@@ -1077,6 +1077,36 @@ def test_with_in_axes_the_loss_is_one_scalar():
     refused(two_losses, W, batch, words=words, in_axes=(None, 0))
 
 
+@pytest.mark.parametrize("jit", [True, False])
+def test_an_aux_of_anything(jit):
+    key = jax.random.key(3)
+    words = {"name": "digits", "count": 3, "none": None, "flag": True}
+    found = {}
+
+    def loss_fn(w, x):
+        y = jnp.tanh(x @ w)
+        numbers = {"y": y, "numpy": np.arange(3), "norm": jnp.sum(w**2), "key": key}
+        return [jnp.sum(y**2), jnp.sum(y)], {"words": words, "numbers": numbers}
+
+    def everything(w, x):
+        (losses, aux), lazy = mtl.task_jacobian(loss_fn, has_aux=True)(w, x)
+        found["words"] = aux["words"]
+        ways = {leaf.way for leaf in mtl.explain(lazy).leaves}
+        found["layers"] = ways <= {"kernel", "rows"}
+        return losses, aux["numbers"], mtl.gramian(lazy)
+
+    everything = jax.jit(everything) if jit else everything
+    losses, numbers, gram = everything(W, X)
+    wanted, aux = loss_fn(W, X)
+    assert found["words"] == words
+    np.testing.assert_allclose(losses, wanted, 1e-6)
+    for name in ("y", "numpy", "norm"):
+        np.testing.assert_allclose(numbers[name], aux["numbers"][name], 1e-6)
+    assert numbers["key"] == key
+    rows = jax.jacrev(lambda w: jnp.stack(loss_fn(w, X)[0]))(W).reshape(2, -1)
+    np.testing.assert_allclose(gram, rows @ rows.T, 1e-5)
+
+
 def test_a_missing_aux_is_refused():
     words = r"has_aux=True.*\(losses, aux\)"
     refused(lambda w: [w.sum()] * 3, W, words=words, has_aux=True, error=TypeError)

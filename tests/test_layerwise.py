@@ -2487,6 +2487,92 @@ def test_a_few_at_a_time_differentiates(way):
     test_the_gramian_differentiates(way)
 
 
+@pytest.mark.parametrize("name", fast(["dense", "transformer_block"]))
+@pytest.mark.usefixtures("a_few_at_a_time")
+def test_combinations_after_large_sweeps(name):
+    loss_fn, params, batch, rows, tolerance = problem(name)
+
+    @MODELS[name].jit
+    def everything(params, batch):
+        _, lazy = mtl.task_jacobian(loss_fn, mode="layerwise")(params, batch)
+        held = _tree.hold(lazy)
+        late = operator_of(held).late
+        names = "gramian", "combination", "combination of a part"
+        return late, {"held": quantities(held, *names)}
+
+    late, found = everything(params, batch)
+    assert_all_close(found, rows, tolerance)
+    if name in ("dense", "transformer_block"):
+        assert late
+
+
+@pytest.mark.usefixtures("a_few_at_a_time")
+def test_a_combination_after_large_sweeps_differentiates():
+    loss_fn, params, batch, *_ = problem("dense")
+
+    def length(params, mode):
+        _, lazy = mtl.task_jacobian(loss_fn, mode=mode)(params, batch)
+        update = mtl.weighted_sum(jnp.asarray(WEIGHTS), _tree.hold(lazy))
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(update))
+
+    grads = [
+        jax.jit(jax.grad(functools.partial(length, mode=mode)))(params)
+        for mode in ("layerwise", "vmap")
+    ]
+    np.testing.assert_allclose(*map(flat, grads), 1e-4, 1e-5)
+
+
+def norms_and_layers(tasks, width, wide, examples):
+    """A residual network whose forward pass XLA would not merge with another."""
+
+    def loss_fn(p, x):
+        for w, v in p["layers"]:
+            y = x - jnp.mean(x, -1, keepdims=True)
+            y = y * lax.rsqrt(jnp.mean(y**2, -1, keepdims=True) + 1e-5)
+            x = x + jax.nn.gelu(y @ w) @ v
+        return jnp.mean((x @ p["heads"]) ** 2, 0)
+
+    layers = [
+        (
+            normal((width, wide), k, width**-0.5),
+            normal((wide, width), k + 3, wide**-0.5),
+        )
+        for k in range(3)
+    ]
+    params = {"heads": normal((width, tasks), 9), "layers": layers}
+    return loss_fn, params, normal((examples, width), 10)
+
+
+def compiled_step(loss_fn, params, x, mode=None):
+    def step(params, x):
+        losses, lazy = mtl.task_jacobian(loss_fn, mode=mode)(params, x)
+        lazy = _tree.hold(lazy)
+        return losses, mtl.weighted_sum(jnp.diag(mtl.gramian(lazy)), lazy)
+
+    return jax.jit(step).lower(params, x).compile()
+
+
+def test_there_is_one_forward_pass():
+    model = norms_and_layers(TASKS, 32, 64, 512)
+    ours, rows = (
+        compiled_step(*model, mode).cost_analysis()["flops"] for mode in (None, "vmap")
+    )
+    assert ours < 1.03 * rows  # two: 1.1
+
+
+def test_after_large_sweeps_little_is_kept():
+    tasks, wide, examples = 40, 512, 512
+    loss_fn, params, x = norms_and_layers(tasks, 32, wide, examples)
+    plain = jax.jit(jax.grad(lambda p, x: jnp.sum(loss_fn(p, x)))).lower(params, x)
+    ours, plain = (
+        each.memory_analysis().temp_size_in_bytes
+        for each in (compiled_step(loss_fn, params, x), plain.compile())
+    )
+    widest = examples * wide * x.dtype.itemsize
+    assert tasks * widest >= _layerwise._LARGE_BYTES
+    assert ours < 1.04 * (2 * plain + tasks * widest)  # with all of it kept: 1.08
+
+
 def test_large_cotangents_are_held_once():
     tasks, width, examples = 40, 1024, 64
 

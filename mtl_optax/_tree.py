@@ -27,8 +27,11 @@ from mtl_optax._types import (
 HIGHEST = lax.Precision.HIGHEST
 
 # XLA's CPU back end is 5-8x slower on one dot over a long axis than on a loop over
-# blocks of about this many columns; of fewer, where many rows would fill the caches.
+# blocks of about this many columns: of fewer where many rows would fill the caches, and
+# where there are few rows, whose products JAX 0.7 adds up one after the other.
 _BLOCK = 16_384
+_BLOCK_OF_FEW = 8192
+_FEW = 8
 _SMALLEST_BLOCK = 4096
 _BLOCK_NUMBERS = 2**20
 
@@ -422,8 +425,7 @@ def _leaf_gramian_blocked(x: Array, basis: Basis | None) -> Array:
 def _in_blocks(arrays: Sequence[Array], product: Callable[..., Array]) -> Array:
     """Sums a product of ``[rows, *shape]`` arrays over blocks of their columns."""
     flat = [x.reshape(x.shape[0], -1) for x in arrays]
-    most = max(x.shape[0] for x in flat)
-    block = min(_BLOCK, max(_SMALLEST_BLOCK, _BLOCK_NUMBERS // max(most, 1)))
+    block = _block_of(max(x.shape[0] for x in flat))
     whole = flat[0].shape[1] // block
     if whole < 2:
         return product(*flat)
@@ -436,6 +438,13 @@ def _in_blocks(arrays: Sequence[Array], product: Callable[..., Array]) -> Array:
 
     tail = product(*[x[:, head:] for x in flat])
     return lax.fori_loop(0, whole, add_block, tail)
+
+
+def _block_of(count: int) -> int:
+    """Columns that are taken at a time of so many rows."""
+    if count < _FEW:
+        return _BLOCK_OF_FEW
+    return min(_BLOCK, max(_SMALLEST_BLOCK, _BLOCK_NUMBERS // count))
 
 
 def _blocks_help() -> bool:

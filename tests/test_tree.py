@@ -11,7 +11,7 @@ import pytest
 import mtl_optax as mtl
 from mtl_optax import _tree
 
-BLOCK = _tree._BLOCK
+BLOCK = _tree._block_of(3)
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -86,11 +86,13 @@ def test_gramian_blocked_and_direct_are_exact(size):
     assert_close(mtl.gramian({"w": x}), wanted, 1e-5)
 
 
-@pytest.mark.parametrize("size", [2 * BLOCK, 3 * BLOCK + 17])
-def test_every_column_is_counted_once_in_blocks(size):
+@pytest.mark.parametrize("count", [2, 12, 100, 300])
+@pytest.mark.parametrize("more", [0, 17])
+def test_every_column_is_counted_once_in_blocks(count, more):
     # Ones are summed exactly: a column lost or counted twice shows as an integer.
-    x = jnp.ones((2, size))
-    np.testing.assert_array_equal(mtl.gramian([x]), np.full((2, 2), size))
+    size = 2 * _tree._block_of(count) + more
+    gram = mtl.gramian([jnp.ones((count, size))])
+    np.testing.assert_array_equal(gram, np.full((count, count), size))
 
 
 def test_gramian_in_blocks_takes_any_shape_and_a_basis():

@@ -31,10 +31,16 @@ def cond_when_any(due: Array, make: Callable[[], T], kept: T) -> T:
 def anew_if(
     due: Array, make: Callable[[Array], Array], basis: Array, kept: Array
 ) -> Array:
-    """``make(basis)`` where it is due, else what is kept; for a second Gramian.
+    """``make(basis)`` where it is due, else what is kept.
 
-    A loop of zero or one turns: a `lax.cond` would copy the stacked gradients into its
-    branch, doubling the memory of the step.
+    A loop of zero or one turns: a `lax.cond` would copy what `make` closes over, such
+    as stacked gradients, into its branch.
+
+    Args:
+      due: a bool.
+      make: for instance of a Gramian in a basis.
+      basis: what it is made of.
+      kept: of its result's shape and dtype.
     """
 
     def anew(turn: Array, _: Array) -> Array:
@@ -45,7 +51,7 @@ def anew_if(
     if isinstance(turns, jax.core.Tracer):
         return lax.fori_loop(0, turns, anew, kept)
     # Not traced: a loop would compile anew at every call.
-    return anew(turns - 1, kept) if turns else kept
+    return make(basis) if turns else kept
 
 
 @custom_vmap

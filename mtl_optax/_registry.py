@@ -424,7 +424,7 @@ _ROWS = (
         paper="Blanchard et al. 2017, arXiv:1703.02757",
         length="weights sum to 1",
         peers="TorchJD Krum",
-        cost="2 Gramians + 1",
+        cost="Gramian + 1",
         state_size="0",
         claims=frozenset({"scale_equivariant"}),
     ),

@@ -1080,27 +1080,29 @@ def test_with_in_axes_the_loss_is_one_scalar():
 @pytest.mark.parametrize("jit", [True, False])
 def test_an_aux_of_anything(jit):
     key = jax.random.key(3)
-    words = {"name": "digits", "count": 3, "none": None, "flag": True}
+    large = np.array([1e300, -1.0])
+    words = {"name": "digits", "count": 3, "none": None, "flag": True, "numpy": large}
     found = {}
 
     def loss_fn(w, x):
         y = jnp.tanh(x @ w)
-        numbers = {"y": y, "numpy": np.arange(3), "norm": jnp.sum(w**2), "key": key}
+        numbers = {"y": y, "norm": jnp.sum(w**2), "key": key, "constant": jnp.ones(2)}
         return [jnp.sum(y**2), jnp.sum(y)], {"words": words, "numbers": numbers}
 
     def everything(w, x):
         (losses, aux), lazy = mtl.task_jacobian(loss_fn, has_aux=True)(w, x)
         found["words"] = aux["words"]
-        ways = {leaf.way for leaf in mtl.explain(lazy).leaves}
-        found["layers"] = ways <= {"kernel", "rows"}
+        assert {leaf.way for leaf in mtl.explain(lazy).leaves} <= {"kernel", "rows"}
+        assert aux["numbers"]["constant"].at[0].set(2.0).dtype == jnp.float32
         return losses, aux["numbers"], mtl.gramian(lazy)
 
     everything = jax.jit(everything) if jit else everything
     losses, numbers, gram = everything(W, X)
     wanted, aux = loss_fn(W, X)
-    assert found["words"] == words
+    assert found["words"].pop("numpy") is large
+    assert found["words"] == {k: v for k, v in words.items() if k != "numpy"}
     np.testing.assert_allclose(losses, wanted, 1e-6)
-    for name in ("y", "numpy", "norm"):
+    for name in ("y", "constant", "norm"):
         np.testing.assert_allclose(numbers[name], aux["numbers"][name], 1e-6)
     assert numbers["key"] == key
     rows = jax.jacrev(lambda w: jnp.stack(loss_fn(w, X)[0]))(W).reshape(2, -1)

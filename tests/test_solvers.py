@@ -16,7 +16,8 @@ import pytest
 import quadprog
 from scipy.optimize import nnls
 
-from mtl_optax.solvers import SolverInfo, min_norm_point, simplex_qp
+from mtl_optax.solvers import SolverInfo, min_norm_point, simplex_qp, sorted_rows
+from mtl_optax.solvers._sorted_rows import _network
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -630,3 +631,41 @@ def test_wrong_types_are_refused():
         min_norm_point(jnp.eye(3, dtype=jnp.bfloat16))
     with pytest.raises((TypeError, ValueError)):
         min_norm_point(jnp.eye(3), task_mask=jnp.ones(4, bool))
+
+
+# ------------------------------------------------------------------------ sorted rows
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_the_network_sorts_all_zeros_and_ones(count):
+    # By the 0-1 principle it then sorts everything.
+    rows = list(np.array(list(itertools.product([0, 1], repeat=count))).T)
+    for i, j in _network(count):
+        rows[i], rows[j] = np.minimum(rows[i], rows[j]), np.maximum(rows[i], rows[j])
+    assert np.all(np.diff(rows, axis=0) >= 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 13, 40])
+@pytest.mark.parametrize("jit", [True, False])
+def test_rows_are_sorted_with_nan_last(count, jit):
+    rng = np.random.default_rng(count)
+    arrays = [
+        rng.integers(-9, 9, (count, *shape)).astype(dtype)
+        for shape, dtype in (((30,), np.float32), ((2, 3), np.int32), ((), np.float32))
+    ]
+    for value, changed in ((3, np.nan), (4, np.inf), (5, -np.inf)):
+        arrays[0][arrays[0] == value] = changed
+    sort = jax.jit(sorted_rows) if jit else sorted_rows
+    found = sort([jnp.asarray(x) for x in arrays])
+    for x, rows in zip(arrays, found, strict=True):
+        np.testing.assert_array_equal(np.stack(rows), np.sort(x, axis=0))
+
+
+def test_the_largest_arrays_are_sorted_by_comparing_rows():
+    arrays = [jnp.zeros((40, size)) for size in (1, 2, 3, 900, 4, 5, 6, 7, 8)]
+    traced = jax.make_jaxpr(sorted_rows)(arrays)
+    sorts = [eqn for eqn in traced.eqns if "sort" in str(eqn)]
+    sizes = {eqn.invars[0].aval.size for eqn in sorts}
+    assert 0 < len(sorts) < len(arrays)
+    assert 40 in sizes
+    assert 40 * 900 not in sizes

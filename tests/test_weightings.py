@@ -10,6 +10,7 @@ import pytest
 from oracles import ORACLES, simplex_weights
 
 import mtl_optax as mtl
+from mtl_optax._tree import lazy_tree
 
 
 def weights_of(tx, rows, **extra):
@@ -311,6 +312,41 @@ def test_krum_sees_small_differences():
     squares = np.sum((exact[:, None] - exact) ** 2, -1) + np.diag([np.inf] * 5)
     best = np.argmin(np.sort(squares, 1)[:, :3].sum(1))
     assert weights_of(mtl.krum(5), rows).argmax() == best
+
+
+@pytest.mark.parametrize(("spread", "passes"), [(1.0, 1), (1e-2, 2)])
+@pytest.mark.parametrize("far", [0.0, 1e4])
+def test_krum_takes_a_second_gramian_where_gradients_nearly_agree(spread, passes, far):
+    rng = np.random.default_rng(4)
+    rows = (1 + spread * rng.standard_normal((6, 500))).astype(np.float32)
+    rows[0] += np.float32(far)
+    exact = rows.astype(np.float64)
+    squares = np.sum((exact[:, None] - exact) ** 2, -1) + np.diag([np.inf] * 6)
+    best = np.argmin(np.sort(squares, 1)[:, :4].sum(1))
+    seen = []
+
+    class Counted:
+        num_tasks, task_names, isolates = 6, tuple("abcdef"), True
+        losses = jnp.ones(6)
+
+        def restrict(self, leaves):
+            return self
+
+        def gramian(self, basis=None, task_mask=None):
+            seen.append(basis)
+            return mtl.gramian(jnp.asarray(rows), basis=basis, task_mask=task_mask)
+
+        def combine(self, weights):
+            return [weights @ rows]
+
+        def stack(self, *, isolated=False):
+            return [jnp.asarray(rows)]
+
+    lazy = lazy_tree(Counted(), jnp.zeros(500))
+    tx = mtl.krum(6)
+    _, state = tx.update(lazy, tx.init(jnp.zeros(500)), jnp.zeros(500))
+    assert state.info.task_weights.argmax() == best
+    assert len(seen) == passes
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ def late_zero(x: Array) -> Float[Array, ""]:
     return jnp.where(never, first, jnp.zeros((), first.dtype))
 
 
-def wait_for(one: Array, x: Array) -> Array:
-    """`x`, which XLA can't use before `one`; integers as they are."""
+def delayed(x: Array, zero: Array) -> Array:
+    """`x`, as soon as a `late_zero` is known; integers as they are."""
     floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return x + late_zero(one).astype(x.dtype) if floating else x
+    return x + zero.astype(x.dtype) if floating else x
 
 
 def a_few_at_a_time(

@@ -51,8 +51,8 @@ class Explanation(NamedTuple):
       combination: how a combination follows, in words.
       plain_steps: floating-point operations of a Gramian and a combination as a
         multiple of a plain gradient's, counting products and convolutions only; None
-        if not known. Methods that read a second Gramian, in a basis (`edm`), sweep
-        twice where nothing is held.
+        if not known. Methods that read a second Gramian, in a basis, where gradients
+        nearly agree (`edm`, `krum`) then sweep twice if nothing is held.
       leaves: one a parameter.
     """
 

@@ -23,7 +23,7 @@ from mtl_optax._tree import (
     mix_rows,
     varies_over,
 )
-from mtl_optax.jacobian._chunks import late_zero, wait_for
+from mtl_optax.jacobian._chunks import delayed, late_zero
 from mtl_optax.jacobian._layers import (
     digest,
     digested_gramian,
@@ -111,7 +111,7 @@ def run_layers(
             plan.uses[0].place: _marked(number, row) if marked else _tap(plan, row)
             for number, plan in enumerate(tapped)
         }
-        (vector, *_), inputs = run_probed(
+        (vector,), inputs = run_probed(
             closed_jaxpr, merged, uses, probes, made, products
         )
         return vector, inputs
@@ -147,7 +147,7 @@ def sweep_layers(layers: Layers, cotangents: Array) -> Sweep:
         nonlocal total
         if total is not None:
             # Else what is made of inputs alone would be made, and kept, from the start.
-            inputs = [wait_for(total, x) for x in inputs]
+            inputs = [delayed(x, late_zero(total)) for x in inputs]
         share = _share(layers.marked[layer], all_tasks, inputs)
         total = share if total is None else total + share
         return late_zero(total)
@@ -169,15 +169,12 @@ def combine_late(
 
     def gradients(cotangent: Array) -> list[Array]:
         def losses(params: list[Array]) -> Array:
-            return run_probed(closed_jaxpr, params, (), {}, {}, products)[0][0]
+            (vector,), _ = run_probed(closed_jaxpr, params, (), {}, {}, products)
+            return vector
 
         return list(jax.vjp(losses, list(params))[1](cotangent)[0])
 
-    def nothing(layer: int, cotangents: Array, inputs: list[Array]) -> Array:
-        raise NotImplementedError("no layer is marked.")
-
-    zero = late_zero(cotangent)
-    rows = run_segments(gradients, cotangent[None], nothing, zero=zero)
+    rows = run_segments(gradients, cotangent[None], zero=late_zero(cotangent))
     return [row[0] for row in rows]
 
 
@@ -198,9 +195,8 @@ def _tap(plan: LeafPlan, row: Array) -> Tap:
         gram = _share(plan, all_tasks, inputs)
         # The cotangent waits for the share, lest XLA go on with it first and keep the
         # cotangents of all layers.
-        wait = late_zero(gram)
         own = gram[lax.axis_index(_TASKS)].astype(row.dtype)
-        return cotangent + wait.astype(cotangent.dtype), own
+        return delayed(cotangent, late_zero(gram)), own
 
     return _on_the_way_back(back, row)
 

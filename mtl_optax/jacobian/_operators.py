@@ -36,7 +36,7 @@ from mtl_optax.jacobian._layerwise import (
 )
 from mtl_optax.jacobian._plan import LeafPlan, plan_leaves
 from mtl_optax.jacobian._probes import Products
-from mtl_optax.jacobian._trace import Traits
+from mtl_optax.jacobian._trace import Traits, open_jaxpr
 from mtl_optax.jacobian._uses import Found
 
 Mode: TypeAlias = Literal["layerwise", "vmap", "unroll", "map"]
@@ -146,12 +146,13 @@ class JointJacobian(BaseJacobian):
       traced: `function` of the parameters' leaves as a jaxpr.
       traits: what can be read off it.
       found: how it uses each parameter.
-      products: of its forward pass, which others are spared; none where nothing is
-        traced, and they would be computed all the same.
+      products: what the products of its forward pass gave, for other passes; empty
+        where no parameter is a layer's, and outside of a trace, where every pass
+        computes its own.
       mode: how the Gramian and rows are taken; None chooses.
       batch_size: how many tasks are swept at once; None for all.
       late: whether a combination follows a Gramian of sweeps that are large, and so
-        keeps little of the forward pass till then.
+        keeps little of the forward pass till then; `hold` says it.
     """
 
     function: Callable[[PyTree[Array]], Array]
@@ -213,7 +214,7 @@ class JointJacobian(BaseJacobian):
             return HeldRows(self, present(self.stack(), task_mask))
         plans = self.plans
         if not self.holds(plans):
-            return dataclasses.replace(self, late=self._sweeps_are_large(plans))
+            return self.after_large_sweeps(plans, self.num_tasks)
         basis = like_losses(jnp.eye(self.num_tasks), self.losses)
         layers, digests = self.sweep(plans, basis)
         return HeldSweep(self, layers, present(digests, task_mask))
@@ -283,13 +284,15 @@ class JointJacobian(BaseJacobian):
     def _layers(self, plans: Sequence[LeafPlan], *, taps: int | None = None) -> Layers:
         return run_layers(self.traced, self._params, plans, self.products, taps=taps)
 
-    def _sweeps_are_large(self, plans: Sequence[LeafPlan]) -> bool:
-        swept_at_once = self.by_layer and self.batch_size is None and not self._unrolls
-        return (
-            swept_at_once
-            and bool(self.products)
-            and sweeps_are_large(self.traced, plans, self.num_tasks)
-        )
+    def after_large_sweeps(self, plans: Sequence[LeafPlan], count: int) -> Self:
+        """The same, whose combinations follow a Gramian of so many sweeps.
+
+        Effects, such as printing, are not repeated for it.
+        """
+        at_once = self.by_layer and self.batch_size is None and not self._unrolls
+        can_wait = bool(self.products) and not open_jaxpr(self.traced).effects
+        late = at_once and can_wait and sweeps_are_large(self.traced, plans, count)
+        return dataclasses.replace(self, late=late)
 
     def sweep(
         self, plans: Sequence[LeafPlan], cotangents: Array
@@ -443,7 +446,8 @@ class PickedJoint(PickedTasks):
             return HeldRows(self, present(self.stack(), task_mask))
         plans = self.base.plans_for(self.num_tasks)
         if not self.base.holds(plans, self.num_tasks):
-            return self
+            base = self.base.after_large_sweeps(plans, self.num_tasks)
+            return dataclasses.replace(self, base=base)
         layers, digests = self.base.sweep(plans, self._cotangents)
         return HeldSweep(self, layers, present(digests, task_mask))
 

@@ -3,7 +3,8 @@
 A probe is a zero that is added to a layer's output. The derivative with respect to it
 is the cotangent of that output, from which, with the layer's input, everything about
 the gradient of the layer's weight follows. A tap is a function that gives the layer's
-output back as it is; what its own backward pass does is up to its maker.
+output back as it is; what its own backward pass does is up to its maker. What products
+gave in one forward pass can be given to another.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
+from jax.sharding import Sharding
 from jaxtyping import Array
 
 from mtl_optax.jacobian._trace import (
@@ -57,30 +59,9 @@ def run_keeping(
     alike, which it does not where there are layer norms.
     """
     products: dict[Place, Array] = {}
-
-    def run(
-        jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], place: Place
-    ) -> list[Any]:
-        known = dict(zip(jaxpr.constvars, consts, strict=True))
-        known |= dict(zip(jaxpr.invars, args, strict=True))
-
-        def read(var: Any) -> Any:
-            return var.val if isinstance(var, Literal) else known[var]
-
-        for number, eqn in enumerate(jaxpr.eqns):
-            here = (*place, number)
-            values = [read(var) for var in eqn.invars]
-            if eqn.primitive.name in CALLS and names_inside(eqn) & PRODUCTS:
-                inner = eqn.params["jaxpr"]
-                outputs = run(open_jaxpr(inner), consts_of(inner), values, here)
-            else:
-                outputs = call_equation(eqn, values)
-            if eqn.primitive.name in PRODUCTS:
-                (products[here],) = outputs
-            known.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(var) for var in jaxpr.outvars]
-
-    outputs = run(open_jaxpr(closed_jaxpr), consts_of(closed_jaxpr), params, ())
+    probed = _Probed({}, {}, {}, {}, products)
+    jaxpr, consts = open_jaxpr(closed_jaxpr), consts_of(closed_jaxpr)
+    outputs, _ = _run(jaxpr, consts, params, (), probed)
     return outputs, products
 
 
@@ -108,17 +89,18 @@ def run_probed(
       rounds of scans along leading axes.
     """
     sites = {use.place: use for use in uses}
-    probed = _Probed(sites, probes, taps, products)
+    probed = _Probed(sites, probes, taps, products, None)
     return _run(open_jaxpr(closed_jaxpr), consts_of(closed_jaxpr), params, (), probed)
 
 
 class _Probed(NamedTuple):
-    """Where something is set, and what."""
+    """Where something is set, and what; which products are known, or to be kept."""
 
     sites: Mapping[Place, Use]
     probes: Probes
     taps: Taps
     products: Products
+    kept: dict[Place, Array] | None
 
     def within(self, place: Place) -> "_Probed":
         def inside(at: Place) -> bool:
@@ -129,6 +111,17 @@ class _Probed(NamedTuple):
             probes={at: x for at, x in self.probes.items() if inside(at)},
             products={at: x for at, x in self.products.items() if inside(at)},
         )
+
+    def keeps(self, eqn: Any) -> bool:
+        """Whether an equation is a call to keep products of."""
+        called = self.kept is not None and eqn.primitive.name in CALLS
+        return called and bool(names_inside(eqn) & PRODUCTS) and not _shards(eqn)
+
+
+def _shards(eqn: Any) -> bool:
+    """Whether a call says how its inputs or outputs are sharded."""
+    given = (eqn.params.get(name) or () for name in ("in_shardings", "out_shardings"))
+    return any(isinstance(each, Sharding) for some in given for each in some)
 
 
 def _run(
@@ -158,17 +151,23 @@ def _run(
                 outputs, inputs[here] = [output + probed.probes[here]], others
         elif here in within.products:
             outputs = [_output(eqn, values, within.products[here])]
-        elif within.sites or within.products:
+        elif within.sites or within.products or within.keeps(eqn):
             outputs, found = _run_call(eqn, values, here, within)
             inputs |= found
         else:
             outputs = call_equation(eqn, values)
+        if probed.kept is not None and eqn.primitive.name in PRODUCTS:
+            (probed.kept[here],) = outputs
         known.update(zip(eqn.outvars, outputs, strict=True))
     return [read(var) for var in jaxpr.outvars], inputs
 
 
 def _output(eqn: Any, values: Sequence[Any], product: Array | None) -> Array:
-    """Of an equation of one output, which may be known but for its derivatives."""
+    """Of an equation of one output, which may be known but for its derivatives.
+
+    A known output stands for a function of the values; whoever differentiates twice
+    must let it vary with them the second time, as it does that comes from a trace.
+    """
     if product is None:
         return jnp.asarray(call_equation(eqn, list(values))[0])
 

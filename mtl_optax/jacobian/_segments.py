@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal, Primitive
 from jaxtyping import Array, Float, PyTree
 
-from mtl_optax.jacobian._chunks import a_few_at_a_time
+from mtl_optax.jacobian._chunks import a_few_at_a_time, delayed
 from mtl_optax.jacobian._trace import (
     CALLS,
     PRODUCTS,
@@ -56,18 +56,18 @@ def mark(
 def run_segments(
     forward_and_back: Callable[[Array], PyTree[Array]],
     cotangents: Float[Array, "tasks losses"],
-    meet: Callable[[int, Array, list[Array]], Array],
+    meet: Callable[[int, Array, list[Array]], Array] | None = None,
     *,
     zero: Array | None = None,
 ) -> PyTree[Array]:
     """``jax.vmap(forward_and_back)(cotangents)``, with layers that are marked inside.
 
     Args:
-      forward_and_back: from one cotangent to what its backward pass gives; it calls
+      forward_and_back: from one cotangent to what its backward pass gives; it may call
         `mark`. The forward pass must be inside: what is cheap of it is not kept.
       cotangents: tasks first.
       meet: ``(layer, cotangents of all tasks there, inputs) -> zero``, a scalar that
-        whatever follows waits for.
+        whatever follows waits for; where layers are marked.
       zero: what is cheap waits for it from the start.
     """
     traced, shapes = jax.make_jaxpr(forward_and_back, return_shape=True)(cotangents[0])
@@ -102,6 +102,8 @@ def run_segments(
             both = _variables([cotangent, marked])  # two names of one array
             last.update(dict.fromkeys(both, max(last.get(v, -1) for v in both)))
             shared.known[end] = jnp.zeros_like(shared.values([thread])[0])
+            if meet is None:
+                raise ValueError("a layer is marked, and nothing meets there.")
             layer = eqn.params["layer"]
             shared.zero = meet(layer, rows[marked], shared.values(inputs))
             zeros[marked] = shared.zero
@@ -165,9 +167,7 @@ class _Shared:
             if var in found:
                 return found[var]
             value = self.known[var]
-            if zero is None or not late or not _is_real(value):
-                return value
-            return value + zero.astype(value.dtype)
+            return value if zero is None or not late else delayed(value, zero)
 
         for _, eqn in sorted(needed.items()):
             inputs = [get(var, late=True) for var in eqn.invars]
@@ -180,11 +180,6 @@ def _is_cheap(eqn: Any) -> bool:
     if name in CALLS:
         return all(_is_cheap(inner) for inner in open_jaxpr(eqn.params["jaxpr"]).eqns)
     return name in _CHEAP
-
-
-def _is_real(value: Any) -> bool:
-    aval = jax.typeof(value)
-    return len(aval.shape) > 0 and jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def _variables(found: Sequence[Any]) -> list[Any]:
@@ -212,7 +207,7 @@ def _run_segment(
         values = common | dict(zip(given, own, strict=True))
         for var in given:
             if var in zeros:
-                values[var] += zeros[var].astype(values[var].dtype)
+                values[var] = delayed(values[var], zeros[var])
         for eqn in segment:
             inputs = [
                 v.val if isinstance(v, Literal) else values[v] for v in eqn.invars

@@ -6,7 +6,6 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from mtl_optax._arguments import check_count
@@ -216,8 +215,11 @@ def _joint(
         vector, aux = vector_and_aux(params)
         leaves, found["aux"] = jax.tree.flatten(aux)
         # Whatever else an aux holds is none of JAX's business.
-        found["others"] = [None if _is_array(leaf) else leaf for leaf in leaves]
-        return vector, [leaf for leaf in leaves if _is_array(leaf)]
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        found["others"] = [
+            None if isinstance(leaf, jax.Array) else leaf for leaf in leaves
+        ]
+        return vector, arrays
 
     def single(params: PyTree[Array], task: int) -> Array:
         losses, _ = split_aux(call(params, args), has_aux)
@@ -237,7 +239,11 @@ def _joint(
 
         def run(params: PyTree[Array]) -> tuple[Array, Any]:
             outputs, products = run_keeping(everything, jax.tree.leaves(params))
-            return outputs[0], (outputs[1:], products)
+            # Constants of a trace are no arrays of JAX's own.
+            arrays = [
+                x if isinstance(x, jax.Array) else jnp.asarray(x) for x in outputs[1:]
+            ]
+            return outputs[0], (arrays, products)
 
         losses, vjp, (arrays, products) = jax.vjp(run, params, has_aux=True)
         rest = iter(arrays)
@@ -260,10 +266,6 @@ def _joint(
         leaves=tuple(range(len(leaves))),
     )
     return losses, aux, operator
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def _separate(

@@ -207,7 +207,7 @@ def find_uses(closed_jaxpr: Any) -> Found:
     found: list[list[Use]] = [[] for _ in jaxpr.invars]
     unknown: dict[int, str] = {}
     tags = {var: _Tag(leaf, ()) for leaf, var in enumerate(jaxpr.invars)}
-    _walk(jaxpr, tags, (), found, unknown)
+    _walk(jaxpr, tags, (), found, unknown, [True] * len(jaxpr.outvars))
     for tag in _tags_of(jaxpr.outvars, tags):
         if tag is not None:
             unknown.setdefault(tag.leaf, "is a loss itself")
@@ -224,8 +224,13 @@ def _walk(
     place: Place,
     found: list[list[Use]],
     unknown: dict[int, str],
+    wanted: Sequence[bool],
 ) -> None:
+    """Only what wanted outputs are made of: an aux may read parameters too."""
+    read = _read_by(jaxpr, wanted)
     for number, eqn in enumerate(jaxpr.eqns):
+        if not read.intersection(eqn.outvars):
+            continue
         here = (*place, number)
         incoming = _tags_of(eqn.invars, tags)
         tagged = [(at, tag) for at, tag in enumerate(incoming) if tag is not None]
@@ -235,7 +240,8 @@ def _walk(
         if name in CALLS or name in REMAT:
             inner = open_jaxpr(eqn.params["jaxpr"])
             inner_tags = _pass_on(inner.invars, incoming)
-            _walk(inner, inner_tags, here, found, unknown)
+            outer = [var in read for var in eqn.outvars]
+            _walk(inner, inner_tags, here, found, unknown, outer)
             outgoing = _tags_of(inner.outvars, inner_tags)
             tags |= _pass_on(eqn.outvars, outgoing)
         elif name == "scan":
@@ -251,6 +257,20 @@ def _walk(
                     found[tag.leaf].append(use)
                 else:
                     unknown.setdefault(tag.leaf, reason)
+
+
+def _read_by(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
+    """Variables that the wanted outputs are made of."""
+    outputs = zip(jaxpr.outvars, wanted, strict=True)
+    read = {var for var, is_wanted in outputs if is_wanted and _is_variable(var)}
+    for eqn in reversed(jaxpr.eqns):
+        if read.intersection(eqn.outvars):
+            read.update(filter(_is_variable, eqn.invars))
+    return read
+
+
+def _is_variable(var: Any) -> bool:
+    return not isinstance(var, Literal)
 
 
 def _pass_on(variables: Sequence[Any], tags: Sequence[_Tag | None]) -> dict[Any, _Tag]:
@@ -278,7 +298,7 @@ def _walk_scan(
             tag = _Tag(tag.leaf, (*tag.steps, loop))
         inside.append(tag)
     inner_tags = _pass_on(body.invars, inside)
-    _walk(body, inner_tags, here, found, unknown)
+    _walk(body, inner_tags, here, found, unknown, [True] * len(body.outvars))
     for tag in _tags_of(body.outvars, inner_tags):
         if tag is not None:
             unknown.setdefault(tag.leaf, "is given back by a `scan`")

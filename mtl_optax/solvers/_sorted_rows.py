@@ -7,12 +7,13 @@ which, each time the smaller entry is put first, every column is sorted.
 import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# XLA sorts a column at a time, 100 to 300 times slower than comparing whole rows, but
-# compiles such comparisons at about a thousand a second.
-_COMPARISONS = 4000
+# XLA sorts a column at a time, on CPU 100 to 300 times slower than comparing rows, but
+# compiles only about a thousand such comparisons a second.
+_COMPARISONS = 2000
 
 
 @functools.cache
@@ -35,8 +36,9 @@ def sorted_rows(stacked: Sequence[Array]) -> list[list[Array]]:
     """Sorts each array ``[T, *shape]`` over its first axis, NaN last.
 
     Args:
-      stacked: arrays of any dtypes with an order. The largest are sorted by comparing
-        rows, as many as compile in a few seconds; the others by `jax.numpy.sort`.
+      stacked: arrays of any dtypes with an order, of one T. The largest are sorted by
+        comparing rows, as many as compile in two seconds; the others, and all outside
+        of `jit`, by `jax.numpy.sort`.
 
     Returns:
       for each array its T sorted rows, the smallest entries first.
@@ -48,16 +50,21 @@ def sorted_rows(stacked: Sequence[Array]) -> list[list[Array]]:
       >>> [row.tolist() for row in sorted_rows([x])[0]]
       [[2.0, 0.0], [3.0, 1.0], [nan, 5.0]]
     """
-    left = _COMPARISONS
-    found: list[list[Array]] = [[] for _ in stacked]
-    for at in sorted(range(len(stacked)), key=lambda i: -stacked[i].size):
-        x = stacked[at]
-        pairs = _network(x.shape[0])
-        left -= len(pairs)
-        rows = list(x if left >= 0 else jnp.sort(x, axis=0))
-        for i, j in pairs if left >= 0 else ():
+    if not stacked:
+        return []
+    pairs = _network(stacked[0].shape[0])
+    largest = sorted(range(len(stacked)), key=lambda at: -stacked[at].size)
+    compared = set(largest[: _COMPARISONS // max(len(pairs), 1)])
+    found = []
+    for at, x in enumerate(stacked):
+        # Not traced, every comparison would be a program of its own.
+        if at not in compared or not isinstance(x, jax.core.Tracer):
+            found.append(list(jnp.sort(x, axis=0)))
+            continue
+        rows = list(x)
+        for i, j in pairs:
             a, b = rows[i], rows[j]
             swap = (b < a) | (a != a)
             rows[i], rows[j] = jnp.where(swap, b, a), jnp.where(swap, a, b)
-        found[at] = rows
+        found.append(rows)
     return found

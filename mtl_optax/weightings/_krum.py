@@ -29,9 +29,10 @@ def _square_distances(gramian: Array) -> Array:
 
 
 def _nearly_equal(gramian: Array, distances: Array) -> Array:
-    """Pairs of rows whose distance has lost a digit beside their lengths."""
-    squares = jnp.diag(gramian)
-    return distances < 0.1 * (squares[:, None] + squares[None, :])
+    """Pairs of rows whose distance has lost a digit beside their lengths, or all."""
+    tenth = 0.1 * jnp.diag(gramian)
+    far = distances >= tenth[:, None] + tenth[None, :]
+    return ~(far & jnp.isfinite(distances))
 
 
 def _most_central(distances: Array, others: Array) -> Array:

@@ -29,7 +29,12 @@ def cond_when_any(due: Array, make: Callable[[], T], kept: T) -> T:
 
 
 def anew_if(
-    due: Array, make: Callable[[Array], Array], basis: Array, kept: Array
+    due: Array,
+    make: Callable[[Array], Array],
+    basis: Array,
+    kept: Array,
+    *,
+    often: bool = False,
 ) -> Array:
     """``make(basis)`` where it is due, else what is kept.
 
@@ -41,17 +46,22 @@ def anew_if(
       make: for instance of a Gramian in a basis.
       basis: what it is made of.
       kept: of its result's shape and dtype.
+      often: it will be due often. Convolutions, which XLA runs tens of times slower in
+        loops on CPU, are then run in any case.
     """
 
     def anew(turn: Array, _: Array) -> Array:
         # Depends on the turn, or XLA would hoist it out of the loop and always run it.
         return make(jnp.where(turn == 0, basis, jnp.zeros((), basis.dtype)))
 
-    turns = due.astype(jnp.int32)
-    if isinstance(turns, jax.core.Tracer):
-        return lax.fori_loop(0, turns, anew, kept)
-    # Not traced: a loop would compile anew at every call.
-    return make(basis) if turns else kept
+    if not isinstance(due, jax.core.Tracer):
+        # A loop would compile anew at every call.
+        return make(basis) if due else kept
+    if often and jax.default_backend() == "cpu":
+        convolves = "conv_general_dilated" in str(jax.make_jaxpr(make)(basis))
+        if convolves:
+            return jnp.where(due, make(basis), kept)
+    return lax.fori_loop(0, due.astype(jnp.int32), anew, kept)
 
 
 @custom_vmap

@@ -412,6 +412,11 @@ def test_trimmed_mean_trims_what_is_not_finite():
     assert np.all(np.isfinite(take(mtl.trimmed_mean(6, trim_number=2), J)))
 
 
+def test_trimmed_mean_of_the_largest_numbers():
+    J = np.full((4, 3), 2e38, np.float32)
+    np.testing.assert_allclose(take(mtl.trimmed_mean(4), J), 2e38, rtol=1e-6)
+
+
 def test_trimmed_mean_adds_up_in_float32():
     """In bfloat16 the sum of 300 would stand still at 256."""
     J = jnp.ones((302, 2), jnp.bfloat16)

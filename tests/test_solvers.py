@@ -649,9 +649,9 @@ def test_the_network_sorts_all_zeros_and_ones(count):
 @pytest.mark.parametrize("jit", [True, False])
 def test_rows_are_sorted_with_nan_last(count, jit):
     rng = np.random.default_rng(count)
+    kinds = ((4096,), "float32"), ((2, 3), "int32"), ((), "float32"), ((4096,), "int32")
     arrays = [
-        rng.integers(-9, 9, (count, *shape)).astype(dtype)
-        for shape, dtype in (((30,), np.float32), ((2, 3), np.int32), ((), np.float32))
+        rng.integers(-9, 9, (count, *shape)).astype(dtype) for shape, dtype in kinds
     ]
     for value, changed in ((3, np.nan), (4, np.inf), (5, -np.inf)):
         arrays[0][arrays[0] == value] = changed
@@ -659,13 +659,21 @@ def test_rows_are_sorted_with_nan_last(count, jit):
     found = sort([jnp.asarray(x) for x in arrays])
     for x, rows in zip(arrays, found, strict=True):
         np.testing.assert_array_equal(np.stack(rows), np.sort(x, axis=0))
+        assert {row.dtype for row in rows} == {x.dtype}
+    narrow = jnp.asarray(arrays[0]).astype(jnp.bfloat16)
+    (rows,) = sort([narrow])
+    wanted = np.sort(narrow.astype(np.float32), axis=0)
+    np.testing.assert_array_equal(np.stack(rows).astype(np.float32), wanted)
 
 
 def test_the_largest_arrays_are_sorted_by_comparing_rows():
-    arrays = [jnp.zeros((40, size)) for size in (1, 2, 3, 900, 4, 5, 6, 7, 8)]
-    traced = jax.make_jaxpr(sorted_rows)(arrays)
-    sorts = [eqn for eqn in traced.eqns if "sort" in str(eqn)]
-    sizes = {eqn.invars[0].aval.size for eqn in sorts}
-    assert 0 < len(sorts) < len(arrays)
-    assert 40 in sizes
-    assert 40 * 900 not in sizes
+    def sizes_sorted_by_jax(count, sizes):
+        arrays = [jnp.zeros((count, size)) for size in sizes]
+        traced = jax.make_jaxpr(sorted_rows)(arrays)
+        sorts = [eqn for eqn in traced.eqns if "sort" in str(eqn)]
+        return [eqn.invars[0].aval.size // count for eqn in sorts]
+
+    sizes = [5, 9000, 5000, 6000, 7000, 8000, 9001]
+    assert sizes_sorted_by_jax(40, sizes) == [5, 5000, 6000]
+    assert sizes_sorted_by_jax(3, sizes) == [5]
+    assert sizes_sorted_by_jax(65, sizes) == sizes

@@ -349,6 +349,23 @@ def test_krum_takes_a_second_gramian_where_gradients_nearly_agree(spread, passes
     assert len(seen) == passes
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="so it is on CPU")
+def test_krum_does_not_put_convolutions_into_a_loop():
+    x, kernel = jnp.ones((2, 1, 6, 6)), jnp.ones((4, 1, 3, 3))
+
+    def loss_fn(kernel):
+        y = jax.lax.conv(x, kernel, (1, 1), "SAME")
+        return jnp.mean(jnp.tanh(y) * jnp.arange(1.0, 5)[:, None, None], (0, 2, 3))
+
+    def step(kernel):
+        tx = mtl.krum(4)
+        _, lazy = mtl.task_jacobian(loss_fn, mode="layerwise")(kernel)
+        return tx.update(lazy, tx.init(kernel), kernel)[0]
+
+    whiles = [e for e in jax.make_jaxpr(step)(kernel).eqns if "while" in str(e)]
+    assert not any("conv_general_dilated" in str(eqn) for eqn in whiles)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"num_selected": 4}, {"num_byzantine": 1}, {"num_byzantine": -1}]
 )

@@ -104,7 +104,8 @@ def trimmed_mean(
                 jnp.where(counts, row.astype(dtype), jnp.zeros((), dtype))
                 for counts, row in zip(counted, g, strict=True)
             ]
-            return (sum(middle[1:], middle[0]) * share.astype(dtype)).astype(g[0].dtype)
+            shares = [share.astype(dtype) * row for row in middle]
+            return sum(shares[1:], shares[0]).astype(g[0].dtype)
 
         return jax.tree.unflatten(treedef, map(mean, sorted_rows(last))), state
 

@@ -11,9 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from mtl_optax._tree import accumulator
+
 # XLA sorts a column at a time, on CPU 100 to 300 times slower than comparing rows, but
-# compiles only about a thousand such comparisons a second.
-_COMPARISONS = 2000
+# compiles only about a thousand such comparisons a second, and of more than about 600
+# for one array makes a program that computes them again and again.
+_COMPARISONS = 1500
+_MOST_ROWS = 64
+_LEAST_ENTRIES = 4096
 
 
 @functools.cache
@@ -36,9 +41,9 @@ def sorted_rows(stacked: Sequence[Array]) -> list[list[Array]]:
     """Sorts each array ``[T, *shape]`` over its first axis, NaN last.
 
     Args:
-      stacked: arrays of any dtypes with an order, of one T. The largest are sorted by
-        comparing rows, as many as compile in two seconds; the others, and all outside
-        of `jit`, by `jax.numpy.sort`.
+      stacked: arrays of any dtypes with an order, of one T. With up to 64 rows the
+        largest are sorted by comparing rows, as many as compile in two seconds; the
+        others, and all outside of `jit`, by `jax.numpy.sort`.
 
     Returns:
       for each array its T sorted rows, the smallest entries first.
@@ -52,19 +57,30 @@ def sorted_rows(stacked: Sequence[Array]) -> list[list[Array]]:
     """
     if not stacked:
         return []
-    pairs = _network(stacked[0].shape[0])
+    count = stacked[0].shape[0]
+    pairs = _network(count) if count <= _MOST_ROWS else ()
     largest = sorted(range(len(stacked)), key=lambda at: -stacked[at].size)
     compared = set(largest[: _COMPARISONS // max(len(pairs), 1)])
     found = []
     for at, x in enumerate(stacked):
+        large = x.size >= _LEAST_ENTRIES * count
         # Not traced, every comparison would be a program of its own.
-        if at not in compared or not isinstance(x, jax.core.Tracer):
+        traced = isinstance(x, jax.core.Tracer)
+        if pairs and large and traced and at in compared:
+            found.append(_compared(x, pairs))
+        else:
             found.append(list(jnp.sort(x, axis=0)))
-            continue
-        rows = list(x)
-        for i, j in pairs:
-            a, b = rows[i], rows[j]
-            swap = (b < a) | (a != a)
-            rows[i], rows[j] = jnp.where(swap, b, a), jnp.where(swap, a, b)
-        found.append(rows)
     return found
+
+
+def _compared(x: Array, pairs: Sequence[tuple[int, int]]) -> list[Array]:
+    dtype = x.dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+        # Narrow numbers would be widened and narrowed at every comparison.
+        x = x.astype(accumulator(x))
+    rows = list(x)
+    for i, j in pairs:
+        a, b = rows[i], rows[j]
+        swap = (b < a) | (a != a)
+        rows[i], rows[j] = jnp.where(swap, b, a), jnp.where(swap, a, b)
+    return [row.astype(dtype) for row in rows]

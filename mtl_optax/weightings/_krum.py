@@ -129,6 +129,7 @@ def krum(
             lambda basis: _square_distances(gramian_in_basis(basis).astype(dtype)),
             basis,
             distances,
+            often=True,
         )
         largest = jnp.max(jnp.where(others, distances, jnp.zeros((), dtype)))
         distances = distances / jnp.where(largest > 0, largest, jnp.ones((), dtype))

@@ -14,7 +14,14 @@ from jaxtyping import Array
 
 from mtl_optax._arguments import check_count, check_num_tasks
 from mtl_optax._transform import Combiner, LengthScale, from_aggregator
-from mtl_optax._tree import accumulator, choose_rows, flatten, whole_task_axis
+from mtl_optax._tree import (
+    accumulator,
+    choose_rows,
+    flatten,
+    mix_rows,
+    present_rows,
+    whole_task_axis,
+)
 from mtl_optax._types import Aggregator, Params, TaskGradients, TaskMask, Updates
 from mtl_optax.solvers import sorted_rows
 
@@ -55,7 +62,8 @@ def trimmed_mean(
 
     Returns:
       a `Combiner`, without state; a lazy tree is materialised, T backward passes.
-      Sorting many tasks adds up to two seconds to the time to compile.
+      Large parameters of dozens of tasks take long to compile (T = 40: a second or two
+      each), in return for steps that are a hundred times faster on CPU.
       Infinities and NaN (as the largest) are trimmed like other numbers.
 
     Raises:
@@ -98,7 +106,10 @@ def trimmed_mean(
             for g in leaves
         ]
 
-        def mean(g: list[Array]) -> Array:
+        def mean(g: Array | list[Array]) -> Array:
+            if not isinstance(g, list):
+                weights = jnp.broadcast_to(share, (num_tasks,))
+                return mix_rows(weights, present_rows(g, counted))
             dtype = accumulator(g[0])
             middle = [
                 jnp.where(counts, row.astype(dtype), jnp.zeros((), dtype))

@@ -14,11 +14,12 @@ from jaxtyping import Array
 from mtl_optax._tree import accumulator
 
 # XLA sorts a column at a time, on CPU 100 to 300 times slower than comparing rows, but
-# compiles only about a thousand such comparisons a second, and of more than about 600
-# for one array makes a program that computes them again and again.
-_COMPARISONS = 1500
+# compiles only some hundred such comparisons a second. They pay within a hundred steps
+# for arrays of so many numbers a comparison; of more than about 600 for one array XLA
+# makes a program that computes them again and again.
+_NUMBERS = 600
 _MOST_ROWS = 64
-_LEAST_ENTRIES = 4096
+_COMPARISONS = 10_000
 
 
 @functools.cache
@@ -37,16 +38,17 @@ def _network(number: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
-def sorted_rows(stacked: Sequence[Array]) -> list[list[Array]]:
+def sorted_rows(stacked: Sequence[Array]) -> list[Array | list[Array]]:
     """Sorts each array ``[T, *shape]`` over its first axis, NaN last.
 
     Args:
-      stacked: arrays of any dtypes with an order, of one T. With up to 64 rows the
-        largest are sorted by comparing rows, as many as compile in two seconds; the
-        others, and all outside of `jit`, by `jax.numpy.sort`.
+      stacked: arrays of any dtypes with an order, of one T. With up to 64 rows large
+        ones are sorted by comparing rows; the others, and all outside of `jit`, by
+        `jax.numpy.sort`.
 
     Returns:
-      for each array its T sorted rows, the smallest entries first.
+      for each array its T sorted rows, the smallest entries first: a list of them where
+      rows were compared, else one array.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,15 +63,15 @@ def sorted_rows(stacked: Sequence[Array]) -> list[list[Array]]:
     pairs = _network(count) if count <= _MOST_ROWS else ()
     largest = sorted(range(len(stacked)), key=lambda at: -stacked[at].size)
     compared = set(largest[: _COMPARISONS // max(len(pairs), 1)])
-    found = []
+    found: list[Array | list[Array]] = []
     for at, x in enumerate(stacked):
-        large = x.size >= _LEAST_ENTRIES * count
         # Not traced, every comparison would be a program of its own.
         traced = isinstance(x, jax.core.Tracer)
-        if pairs and large and traced and at in compared:
+        pays = x.size >= _NUMBERS * len(pairs)
+        if pairs and traced and pays and at in compared:
             found.append(_compared(x, pairs))
         else:
-            found.append(list(jnp.sort(x, axis=0)))
+            found.append(jnp.sort(x, axis=0))
     return found
 
 

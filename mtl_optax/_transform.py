@@ -21,6 +21,7 @@ from mtl_optax._tree import (
     check_task_axis,
     gramian,
     hold,
+    in_columns,
     lazy_losses,
     lazy_task_names,
     materialize,
@@ -291,9 +292,11 @@ class WeightedMethod(NamedTuple):
         weighting, mask = self.weighting, told.mask
         dtype = state.info.task_weights.dtype
 
+        rows = in_columns(task_grads)
+
         def gramian_in_basis(basis: Array | None) -> Array:
             gram = gramian(
-                task_grads,
+                rows,
                 basis=basis,
                 task_mask=told.given_mask,
                 axis_name=self.axis_name,

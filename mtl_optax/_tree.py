@@ -447,6 +447,21 @@ def _block_of(count: int) -> int:
     return min(_BLOCK, max(_SMALLEST_BLOCK, _BLOCK_NUMBERS // count))
 
 
+def in_columns(task_grads: TaskGradients) -> TaskGradients:
+    """Stacked leaves as ``[T, n]``, for Gramians of which some are taken in loops.
+
+    Where each loop reshaped them, XLA would make and keep them once for each form.
+    """
+    if not _blocks_help():
+        return task_grads
+    leaves, treedef = flatten(task_grads)
+    flat = [
+        leaf if isinstance(leaf, LazyTaskGradient) else leaf.reshape(leaf.shape[0], -1)
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(treedef, flat)
+
+
 def _blocks_help() -> bool:
     # Blocks reshape a leaf, which would gather a sharded one; in a process with one
     # device nothing is sharded, and only XLA's CPU back end needs them.

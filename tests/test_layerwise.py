@@ -2611,24 +2611,47 @@ def test_after_large_sweeps_little_is_kept(monkeypatch):
     assert ours < 0.97 * early
 
 
-@on_cpu
-def test_large_cotangents_are_held_once():
-    tasks, width, examples = 40, 1024, 64
-
+def wide_layers(tasks, layers, width=1024, examples=64):
     def loss_fn(p, x):
         for w in p["layers"]:
             x = jnp.tanh(x @ w)
         return jnp.mean((x @ p["heads"]) ** 2, 0)
 
-    layers = [normal((width, width), k, width**-0.5) for k in range(12)]
-    params = {"heads": normal((width, tasks), 19), "layers": layers}
-    x = normal((examples, width), 20)
+    weights = [normal((width, width), k, width**-0.5) for k in range(layers)]
+    params = {"heads": normal((width, tasks), 19), "layers": weights}
+    return loss_fn, params, normal((examples, width), 20)
+
+
+@on_cpu
+@pytest.mark.parametrize("tasks", [40, 41])  # eight at a time, and what leaves a rest
+def test_large_cotangents_are_held_once(tasks):
+    loss_fn, params, x = wide_layers(tasks, layers=12)
     plain = jax.jit(jax.grad(lambda p, x: jnp.sum(loss_fn(p, x)))).lower(params, x)
     plain = plain.compile().memory_analysis().temp_size_in_bytes
     ours = compiled_step(loss_fn, params, x).memory_analysis().temp_size_in_bytes
     activations = x.size * x.dtype.itemsize
     assert tasks * activations >= _layerwise._LARGE_BYTES
     assert ours < 2 * plain + 1.1 * tasks * activations
+
+
+@on_cpu
+@pytest.mark.parametrize("mode", [None, "vmap"])
+@pytest.mark.parametrize("tasks", [16, 40])  # held, and swept anew
+def test_a_gramian_of_differences_takes_the_memory_of_one_layer(tasks, mode):
+    """`edm` takes one where gradients are nearly parallel, `upgrad` never."""
+    loss_fn, params, x = wide_layers(tasks, layers=4)
+
+    def temporary(tx):
+        def step(params, state, x):
+            losses, lazy = mtl.task_jacobian(loss_fn, mode=mode)(params, x)
+            return tx.update(lazy, state, params, losses=losses)
+
+        compiled = jax.jit(step).lower(params, tx.init(params), x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    cotangents = tasks * x.size * x.dtype.itemsize
+    more = temporary(mtl.edm(tasks)) - temporary(mtl.upgrad(tasks))
+    assert more < 1.2 * cotangents
 
 
 def test_products_of_calls_that_name_shardings_are_left_to_them():

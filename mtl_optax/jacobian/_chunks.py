@@ -1,15 +1,29 @@
 """Work on all tasks' rows, done for a few of them after the other."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Tasks that are taken at a time.
+from mtl_optax._tree import choose_rows
+
+# Tasks that are taken at a time, at most; of more than these, at least half as many.
 TOGETHER = 8
+
+
+def rounds_of(count: int) -> tuple[int, int]:
+    """How many rounds of how many tasks: with the least that is done twice.
+
+    The last of them ends with the last task. A rest after the loop would keep copies of
+    all that the loop works on in place.
+    """
+    if count <= TOGETHER:
+        return 1, count
+    sizes = range(TOGETHER, TOGETHER // 2, -1)
+    size = min(sizes, key=lambda size: -count % size)
+    return -(-count // size), size
 
 
 def late_zero(x: Array) -> Float[Array, ""]:
@@ -34,10 +48,10 @@ def a_few_at_a_time(
 ) -> list[Array]:
     """``function(rows)``; results may take the room of the rows numbered in `free`."""
     count = rows[0].shape[0]
-    if count <= TOGETHER:
+    rounds, size = rounds_of(count)
+    if rounds == 1:
         return function(list(rows))
-    whole = count // TOGETHER * TOGETHER
-    shapes = jax.eval_shape(function, [row[:TOGETHER] for row in rows])
+    shapes = jax.eval_shape(function, [row[:size] for row in rows])
     # Without a late zero XLA makes room for the results of all layers at once.
     zero = late_zero(rows[0])
     room: list[Array] = []
@@ -52,18 +66,21 @@ def a_few_at_a_time(
         else:
             room.append(jnp.broadcast_to(zero.astype(x.dtype), shape))
 
-    def put(filled: list[Array], first: Any, size: int) -> list[Array]:
+    def put(chunk: Array, filled: list[Array]) -> list[Array]:
+        first = jnp.minimum(chunk * size, count - size)
         now = [filled[place[k]] if k in place else row for k, row in enumerate(rows)]
         some = [lax.dynamic_slice_in_dim(row, first, size) for row in now]
+        results = function(some)
+        if rounds * size > count:
+            # What is met again holds results already.
+            fresh = first + jnp.arange(size) >= chunk * size
+            old = [lax.dynamic_slice_in_dim(x, first, size) for x in filled]
+            pairs = zip(results, old, strict=True)
+            results = [choose_rows(fresh, new, old) for new, old in pairs]
         return [
             lax.dynamic_update_slice_in_dim(x, new, first, 0)
-            for x, new in zip(filled, function(some), strict=True)
+            for x, new in zip(filled, results, strict=True)
         ]
 
-    filled: list[Array] = lax.fori_loop(
-        0,
-        whole // TOGETHER,
-        lambda chunk, filled: put(filled, chunk * TOGETHER, TOGETHER),
-        room,
-    )
-    return filled if whole == count else put(filled, whole, count - whole)
+    filled: list[Array] = lax.fori_loop(0, rounds, put, room)
+    return filled

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from mtl_optax._tree import HIGHEST, accumulator, inner_products
 from mtl_optax._types import DType
-from mtl_optax.jacobian._chunks import TOGETHER, a_few_at_a_time, late_zero
+from mtl_optax.jacobian._chunks import TOGETHER, a_few_at_a_time, late_zero, rounds_of
 from mtl_optax.jacobian._trace import call_equation
 from mtl_optax.jacobian._uses import Use, dot_roles
 
@@ -140,21 +140,21 @@ def digested_gramian(
 
     # A few tasks at a time: all would take as much memory as their cotangents again.
     count = right.shape[0]
-    whole = count // TOGETHER * TOGETHER
     if count <= _UNROLLED:
         starts = range(0, count, TOGETHER)
         parts = [columns(right[first : first + TOGETHER]) for first in starts]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
 
+    rounds, size = rounds_of(count)
+
     def put(chunk: Array, gram: Array) -> Array:
-        first = chunk * TOGETHER
-        some = columns(lax.dynamic_slice_in_dim(right, first, TOGETHER))
+        first = jnp.minimum(chunk * size, count - size)
+        some = columns(lax.dynamic_slice_in_dim(right, first, size))
         return lax.dynamic_update_slice_in_dim(gram, some, first, 1)
 
     zeros = [late_zero(x).astype(dtype) for x in (kernel, left, right)]
     gram: Array = jnp.broadcast_to(sum(zeros), (left.shape[0], count))
-    gram = lax.fori_loop(0, whole // TOGETHER, put, gram)
-    return gram if whole == count else gram.at[:, whole:].set(columns(right[whole:]))
+    return lax.fori_loop(0, rounds, put, gram)
 
 
 def weight_gradient(

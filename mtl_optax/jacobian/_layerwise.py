@@ -23,6 +23,7 @@ from mtl_optax._tree import (
     mix_rows,
     varies_over,
 )
+from mtl_optax._types import Basis
 from mtl_optax.jacobian._chunks import delayed, late_zero
 from mtl_optax.jacobian._layers import (
     digest,
@@ -293,33 +294,65 @@ def sweep_gramian(layers: Layers, left: Digests, right: Digests) -> Array:
 
     Only a zero where no leaf of the plans is used.
     """
-    grams = []
-    for plan, a, b in zip(layers.plans, left, right, strict=True):
-        if plan.way == "unused" or a is None or b is None:
+    shares = [
+        _layer_gramian(layers, plan, a, b)
+        for plan, a, b in zip(layers.plans, left, right, strict=True)
+        if a is not None and b is not None
+    ]
+    return _total(shares)
+
+
+def sweep_gramian_in_basis(
+    layers: Layers, digests: Digests, columns: Digests, basis: Basis
+) -> Array:
+    """The same of combinations of one digest, formed for one layer after the other.
+
+    `columns` is the digest too, `in_columns`.
+    """
+    shares: list[Array] = []
+    for plan, rows, flat in zip(layers.plans, digests, columns, strict=True):
+        if rows is None or flat is None:
             continue
-        if plan.way == "direct":
-            grams.append(inner_products(a, b))
-        else:
-            inputs = [layers.inputs[use.place] for use in plan.uses]
-            grams.append(digested_gramian(layer_way(plan), plan.uses, inputs, a, b))
-    dtype = jnp.result_type(jnp.float32, *(gram.dtype for gram in grams))
-    return sum((gram.astype(dtype) for gram in grams), jnp.zeros((), dtype))
+        if shares:
+            basis = delayed(basis, late_zero(shares[-1]))
+        mixed = mix_rows(basis.T, flat, widen=True)
+        mixed = mixed.reshape(basis.shape[0], *rows.shape[1:])
+        shares.append(_layer_gramian(layers, plan, mixed, mixed))
+    return _total(shares)
+
+
+def _layer_gramian(layers: Layers, plan: LeafPlan, left: Array, right: Array) -> Array:
+    if plan.way == "direct":
+        return inner_products(left, right)
+    inputs = [layers.inputs[use.place] for use in plan.uses]
+    return digested_gramian(layer_way(plan), plan.uses, inputs, left, right)
+
+
+def _total(shares: Sequence[Array]) -> Array:
+    dtype = jnp.result_type(jnp.float32, *(share.dtype for share in shares))
+    return sum((share.astype(dtype) for share in shares), jnp.zeros((), dtype))
 
 
 def sweep_combination(
-    layers: Layers, digests: Digests, weights: Float[Array, " tasks"]
+    layers: Layers,
+    digests: Digests,
+    columns: Digests,
+    weights: Float[Array, " tasks"],
 ) -> list[Array]:
-    """``weights @ J`` from a digest, one array a plan."""
+    """``weights @ J`` from a digest, one array a plan.
+
+    `columns` is the digest too, `in_columns`.
+    """
     combined = []
-    for plan, rows in zip(layers.plans, digests, strict=True):
+    for plan, rows, flat in zip(layers.plans, digests, columns, strict=True):
         param = layers.params[plan.leaf]
-        if plan.way == "unused" or rows is None:
+        if plan.way == "unused" or rows is None or flat is None:
             combined.append(jnp.zeros_like(param))
         elif plan.way == "direct":
-            combined.append(mix_rows(weights, rows))
+            combined.append(mix_rows(weights, flat).reshape(rows.shape[1:]))
         else:
             inputs = [layers.inputs[use.place] for use in plan.uses]
-            mixed = mix_rows(weights, rows, widen=True)
+            mixed = mix_rows(weights, flat, widen=True).reshape(rows.shape[1:])
             combined.append(
                 weight_gradient(layer_way(plan), plan.uses, inputs, mixed, param)
             )

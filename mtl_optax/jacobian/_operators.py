@@ -17,6 +17,7 @@ from mtl_optax._some_tasks import PickedTasks
 from mtl_optax._tree import (
     HIGHEST,
     gramian,
+    in_columns,
     mirrored,
     mix_rows,
     present_rows,
@@ -31,6 +32,7 @@ from mtl_optax.jacobian._layerwise import (
     run_layers,
     sweep_combination,
     sweep_gramian,
+    sweep_gramian_in_basis,
     sweep_layers,
     sweeps_are_large,
 )
@@ -211,13 +213,12 @@ class JointJacobian(BaseJacobian):
         where there are few.
         """
         if self.stores_rows:
-            return HeldRows(self, present(self.stack(), task_mask))
+            return hold_rows(self, task_mask)
         plans = self.plans
         if not self.holds(plans):
             return self.after_large_sweeps(plans, self.num_tasks)
         basis = like_losses(jnp.eye(self.num_tasks), self.losses)
-        layers, digests = self.sweep(plans, basis)
-        return HeldSweep(self, layers, present(digests, task_mask))
+        return hold_sweep(self, task_mask, *self.sweep(plans, basis))
 
     def pick(self, tasks: Int[Array, " few"]) -> "PickedJoint":
         """Some tasks alone: as many cotangents."""
@@ -443,13 +444,13 @@ class PickedJoint(PickedTasks):
     def hold(self, task_mask: TaskMask | None = None) -> TaskJacobian:
         """As that of all tasks."""
         if self.base.stores_rows:
-            return HeldRows(self, present(self.stack(), task_mask))
+            return hold_rows(self, task_mask)
         plans = self.base.plans_for(self.num_tasks)
         if not self.base.holds(plans, self.num_tasks):
             base = self.base.after_large_sweeps(plans, self.num_tasks)
             return dataclasses.replace(self, base=base)
-        layers, digests = self.base.sweep(plans, self._cotangents)
-        return HeldSweep(self, layers, present(digests, task_mask))
+        swept = self.base.sweep(plans, self._cotangents)
+        return hold_sweep(self, task_mask, *swept)
 
     @property
     def _cotangents(self) -> Array:
@@ -484,56 +485,86 @@ class Held:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldRows(Held):
-    """All rows are held."""
+    """All rows are held; `columns` are the same rows, `in_columns`."""
 
     rows: list[Array]
+    columns: list[Array]
 
     def restrict(self, leaves: Sequence[int]) -> "HeldRows":
         at = [self.base.leaves.index(leaf) for leaf in leaves]
-        return HeldRows(self.base.restrict(leaves), [self.rows[k] for k in at])
+        rows, columns = [self.rows[k] for k in at], [self.columns[k] for k in at]
+        return HeldRows(self.base.restrict(leaves), rows, columns)
 
     def gramian(
         self, basis: Basis | None = None, task_mask: TaskMask | None = None
     ) -> Array:
-        return gramian(self.rows, basis=basis, task_mask=task_mask)
+        return gramian(self.columns, basis=basis, task_mask=task_mask)
 
     def combine(self, weights: Weights) -> list[Array]:
         return [mix_rows(weights, rows) for rows in self.rows]
 
 
+def hold_rows(
+    base: "JointJacobian | SeparateJacobian | PickedJoint", task_mask: TaskMask | None
+) -> HeldRows:
+    """A Jacobian with its rows held."""
+    rows: list[Array] = present(base.stack(), task_mask)
+    columns: list[Array] = in_columns(rows)
+    return HeldRows(base, rows, columns)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldSweep(Held):
-    """What one sweep of all tasks left behind is held."""
+    """What one sweep of all tasks left behind is held.
+
+    Attributes:
+      layers, digests: see `sweep`.
+      columns: the digests again, `in_columns`.
+    """
 
     layers: Layers
     digests: Digests
+    columns: Digests
 
     def restrict(self, leaves: Sequence[int]) -> "HeldSweep":
         at = [self.base.leaves.index(leaf) for leaf in leaves]
         layers = self.layers._replace(plans=tuple(self.layers.plans[k] for k in at))
-        digests = [self.digests[k] for k in at]
-        return HeldSweep(self.base.restrict(leaves), layers, digests)
+        digests, columns = [self.digests[k] for k in at], [self.columns[k] for k in at]
+        return HeldSweep(self.base.restrict(leaves), layers, digests, columns)
 
     def gramian(
         self, basis: Basis | None = None, task_mask: TaskMask | None = None
     ) -> Array:
-        digests, count = self.digests, self.num_tasks
         if basis is not None:
+            columns = present(self.columns, task_mask)
             if task_mask is not None:
                 basis = jnp.where(task_mask, basis, jnp.zeros((), basis.dtype))
-                digests = jax.tree.map(lambda x: present_rows(x, task_mask), digests)
             count = basis.shape[0]
-            digests = jax.tree.map(lambda x: mix_rows(basis.T, x, widen=True), digests)
-        gram = sweep_gramian(self.layers, digests, digests)
-        gram = jnp.broadcast_to(gram, (count, count))
-        if task_mask is not None and basis is None:
+            gram = sweep_gramian_in_basis(self.layers, self.digests, columns, basis)
+            return mirrored(jnp.broadcast_to(gram, (count, count)))
+        gram = sweep_gramian(self.layers, self.digests, self.digests)
+        gram = jnp.broadcast_to(gram, (self.num_tasks, self.num_tasks))
+        if task_mask is not None:
             both = task_mask[:, None] & task_mask[None, :]
             gram = jnp.where(both, gram, jnp.zeros((), gram.dtype))
         return mirrored(gram)
 
     def combine(self, weights: Weights) -> list[Array]:
         unit, weights = split_unit(weights, self.losses)
-        return scale_tree(unit, sweep_combination(self.layers, self.digests, weights))
+        combined = sweep_combination(self.layers, self.digests, self.columns, weights)
+        return scale_tree(unit, combined)
+
+
+def hold_sweep(
+    base: "JointJacobian | PickedJoint",
+    task_mask: TaskMask | None,
+    layers: Layers,
+    digests: Digests,
+) -> HeldSweep:
+    """A Jacobian with the digests of its sweep held."""
+    digests = present(digests, task_mask)
+    columns: Digests = in_columns(digests)
+    return HeldSweep(base, layers, digests, columns)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -575,7 +606,7 @@ class SeparateJacobian(BaseJacobian):
 
     def hold(self, task_mask: TaskMask | None = None) -> TaskJacobian:
         """The same Jacobian with its rows held: a Gramian stores them anyway."""
-        return HeldRows(self, present(self.stack(), task_mask))
+        return hold_rows(self, task_mask)
 
     def pick(self, tasks: Int[Array, " few"]) -> "SeparateJacobian":
         """Some tasks alone, on their own batches."""

@@ -2631,11 +2631,17 @@ def test_large_cotangents_are_held_once(tasks):
     ours = compiled_step(loss_fn, params, x).memory_analysis().temp_size_in_bytes
     activations = x.size * x.dtype.itemsize
     assert tasks * activations >= _layerwise._LARGE_BYTES
-    assert ours < 2 * plain + 1.1 * tasks * activations
+    # The factor is 0.98 by the XLA of JAX 0.10, 1.28 by that of 0.12.
+    assert ours < 2 * plain + 1.35 * tasks * activations
+
+
+older = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="older XLA transposes rows into two forms"
+)
 
 
 @on_cpu
-@pytest.mark.parametrize("mode", [None, "vmap"])
+@pytest.mark.parametrize("mode", [None, pytest.param("vmap", marks=older)])
 @pytest.mark.parametrize("tasks", [16, 40])  # held, and swept anew
 def test_a_gramian_of_differences_takes_the_memory_of_one_layer(tasks, mode):
     """`edm` takes one where gradients are nearly parallel, `upgrad` never."""

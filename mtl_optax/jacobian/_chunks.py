@@ -66,12 +66,14 @@ def a_few_at_a_time(
         else:
             room.append(jnp.broadcast_to(zero.astype(x.dtype), shape))
 
+    even = rounds * size == count
+
     def put(chunk: Array, filled: list[Array]) -> list[Array]:
-        first = jnp.minimum(chunk * size, count - size)
+        first = chunk * size if even else jnp.minimum(chunk * size, count - size)
         now = [filled[place[k]] if k in place else row for k, row in enumerate(rows)]
         some = [lax.dynamic_slice_in_dim(row, first, size) for row in now]
         results = function(some)
-        if rounds * size > count:
+        if not even:
             # What is met again holds results already.
             fresh = first + jnp.arange(size) >= chunk * size
             old = [lax.dynamic_slice_in_dim(x, first, size) for x in filled]

@@ -424,7 +424,7 @@ def _leaf_gramian_blocked(x: Array, basis: Basis | None) -> Array:
 
 def _in_blocks(arrays: Sequence[Array], product: Callable[..., Array]) -> Array:
     """Sums a product of ``[rows, *shape]`` arrays over blocks of their columns."""
-    flat = [x.reshape(x.shape[0], -1) for x in arrays]
+    flat = [_flat(x) for x in arrays]
     block = _block_of(max(x.shape[0] for x in flat))
     whole = flat[0].shape[1] // block
     if whole < 2:
@@ -452,20 +452,24 @@ def in_columns(task_grads: TaskGradients) -> TaskGradients:
 
     Where each loop reshaped them, XLA would make and keep them once for each form.
     """
-    if not _blocks_help():
-        return task_grads
+
+    def flat(leaf: Any) -> Any:
+        lazy = isinstance(leaf, LazyTaskGradient)
+        return leaf if lazy or not _blocks_help(leaf) else _flat(leaf)
+
     leaves, treedef = flatten(task_grads)
-    flat = [
-        leaf if isinstance(leaf, LazyTaskGradient) else leaf.reshape(leaf.shape[0], -1)
-        for leaf in leaves
-    ]
-    return jax.tree.unflatten(treedef, flat)
+    return jax.tree.unflatten(treedef, [flat(leaf) for leaf in leaves])
 
 
-def _blocks_help() -> bool:
+def _flat(x: Array) -> Float[Array, "rows n"]:
+    return x.reshape(x.shape[0], -1)
+
+
+def _blocks_help(x: Array) -> bool:
     # Blocks reshape a leaf, which would gather a sharded one; in a process with one
-    # device nothing is sharded, and only XLA's CPU back end needs them.
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    # device nothing is sharded but by its type, and only XLA's CPU back end needs them.
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return alone and _explicit_mesh(x) is None
 
 
 def mirrored(gram: Array) -> Array:
@@ -497,15 +501,18 @@ def inner_products(x: Array, y: Array) -> Array:
             else NamedSharding(mesh, PartitionSpec(None, None)),
         )
 
-    return _in_blocks([x, y], product) if _blocks_help() else product(x, y)
+    blocks = _blocks_help(x) and _blocks_help(y)
+    return _in_blocks([x, y], product) if blocks else product(x, y)
 
 
 def _stacked_gramian(
     leaves: Sequence[Array], basis: Basis | None, task_mask: TaskMask | None
 ) -> Array:
-    one = _leaf_gramian_blocked if _blocks_help() else _leaf_gramian
     dtype = accumulator(*leaves)
-    grams = [one(present_rows(x, task_mask), basis).astype(dtype) for x in leaves]
+    grams = []
+    for x in leaves:
+        one = _leaf_gramian_blocked if _blocks_help(x) else _leaf_gramian
+        grams.append(one(present_rows(x, task_mask), basis).astype(dtype))
     total = grams[0]
     for gram in grams[1:]:
         total = total + gram

@@ -15,11 +15,11 @@ import mtl_optax as mtl
 WORKER = pathlib.Path(__file__).parent / "sharded_worker.py"
 
 
-def run(*arguments):
+def run(*arguments, devices=8):
     """Cases and their errors: ``{method: {case: error}}``."""
     flags = os.environ.get("XLA_FLAGS", "")
-    eight = f"{flags} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": eight, "JAX_PLATFORMS": "cpu"}
+    flags = f"{flags} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, str(WORKER), *arguments],
         capture_output=True,
@@ -57,6 +57,13 @@ def test_law_10_collectives_of_the_gramian(results):
 def test_law_10_is_tested(results):
     for method in broken.BROKEN["check_sharded"]:
         assert failures(results[f"broken {method.name}"])
+
+
+@pytest.mark.slow
+def test_law_10_on_a_mesh_of_one_device():
+    found = run(devices=1)
+    assert set(found) == {m.name for m in laws.one_of_each_sort()}
+    assert not any(map(failures, found.values()))
 
 
 @pytest.mark.slow

@@ -185,7 +185,6 @@ def from_weighting(
     if unknown:
         raise ValueError(f"Weighting.needs names unknown inputs: {sorted(unknown)}.")
     method = WeightedMethod(weighting, num_tasks, scale, axis_name)
-    sees_gramian = bool(weighting.needs & {"gramian", "gramian_in_basis"})
 
     def update(
         task_grads: TaskGradients,
@@ -197,7 +196,7 @@ def from_weighting(
         **extra: Any,
     ) -> tuple[Updates, CombinerState]:
         told = method.read(task_grads, state, params, losses, task_mask, extra)
-        if sees_gramian and axis_name is not None:
+        if method.sees_gramian and axis_name is not None:
             # Gramians over several devices are taken from rows, which serve twice.
             task_grads = materialize(task_grads)
         elif "gramian" in weighting.needs:
@@ -234,6 +233,10 @@ class WeightedMethod(NamedTuple):
     num_tasks: int
     scale: Scale
     axis_name: Any
+
+    @property
+    def sees_gramian(self) -> bool:
+        return bool(self.weighting.needs & {"gramian", "gramian_in_basis"})
 
     def init(self, params: Params) -> CombinerState:
         dtype = state_dtype(params)
@@ -292,7 +295,7 @@ class WeightedMethod(NamedTuple):
         weighting, mask = self.weighting, told.mask
         dtype = state.info.task_weights.dtype
 
-        rows = in_columns(task_grads)
+        rows = in_columns(task_grads) if self.sees_gramian else task_grads
 
         def gramian_in_basis(basis: Array | None) -> Array:
             gram = gramian(

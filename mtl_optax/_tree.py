@@ -454,8 +454,10 @@ def in_columns(task_grads: TaskGradients) -> TaskGradients:
     """
 
     def flat(leaf: Any) -> Any:
-        lazy = isinstance(leaf, LazyTaskGradient)
-        return leaf if lazy or not _blocks_help(leaf) else _flat(leaf)
+        if isinstance(leaf, LazyTaskGradient):
+            return leaf
+        array = jnp.asarray(leaf)
+        return _flat(array) if _blocks_help(array) else array
 
     leaves, treedef = flatten(task_grads)
     return jax.tree.unflatten(treedef, [flat(leaf) for leaf in leaves])

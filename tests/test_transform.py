@@ -188,3 +188,25 @@ def test_tree_map_params_passes():
     doubled = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
     np.testing.assert_array_equal(doubled[1][0].mu["w"], 1)
     np.testing.assert_array_equal(doubled[0].weighting.previous_sum, 0)
+
+
+class ArrayLike:
+    """What JAX takes as an array, and is none."""
+
+    def __init__(self, array):
+        self.array = jnp.asarray(array)
+        self.shape, self.ndim = self.array.shape, self.array.ndim
+        self.dtype = self.array.dtype
+
+    def __jax_array__(self):
+        return self.array
+
+
+@pytest.mark.parametrize("name", ["mean", "edm"])
+@pytest.mark.parametrize("kind", [np.asfortranarray, ArrayLike])
+def test_leaves_that_are_array_like(kind, name):
+    tx = getattr(mtl, name)(3)
+    state = tx.init(PARAMS)
+    wanted = tx.update(grads(), state, PARAMS)[0]["w"]
+    found = tx.update({"w": kind(ROWS)}, state, PARAMS)[0]["w"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)

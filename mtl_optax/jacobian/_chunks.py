@@ -72,12 +72,14 @@ def a_few_at_a_time(
         first = chunk * size if even else jnp.minimum(chunk * size, count - size)
         now = [filled[place[k]] if k in place else row for k, row in enumerate(rows)]
         some = [lax.dynamic_slice_in_dim(row, first, size) for row in now]
-        results = function(some)
-        if not even:
-            # What is met again holds results already.
+        if even:
+            results = function(some)
+        else:
+            # What is met again may hold results already.
             fresh = first + jnp.arange(size) >= chunk * size
+            some = [choose_rows(fresh, x, jnp.zeros((), x.dtype)) for x in some]
             old = [lax.dynamic_slice_in_dim(x, first, size) for x in filled]
-            pairs = zip(results, old, strict=True)
+            pairs = zip(function(some), old, strict=True)
             results = [choose_rows(fresh, new, old) for new, old in pairs]
         return [
             lax.dynamic_update_slice_in_dim(x, new, first, 0)
